@@ -1,0 +1,182 @@
+"""The values that pass between the parts of jkd: Batch, Outputs, Model, Term.
+
+Axis names used in every docstring: ``batch`` examples, ``time`` tokens, ``height`` and ``width`` pixels, ``channels`` (always
+last), ``classes`` or ``vocab`` (always last), ``dim`` features (always last). ``...`` is any leading shape. The student comes
+first, the teacher second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jkd.errors import InputError
+
+Array = jax.Array
+Tree = Any
+"""A nested dict of arrays (or of ``jax.ShapeDtypeStruct`` where only shapes are known)."""
+Batch = dict[str, Any]
+"""Arrays by name, each ``[batch, ...]``; a value may itself be a Batch of another size (``batch["unlabelled"]``).
+
+``weight`` ``[batch]`` float (0 marks padding) is always there. ``index`` ``[batch]`` int32 is a stable example id, ``labelled``
+``[batch]`` is 1 where the label may be used. ``image`` is ``[batch, height, width, channels]``: uint8 in 0..255, or float in 0..1.
+``label`` is int ``[batch]``, or a distribution ``[batch, classes]`` after mixing. ``tokens`` ``[batch, time]``, ``mask`` (1 = real),
+``loss_mask`` (1 = counted), ``segment``, ``position``. ``teacher`` is an `Outputs` that was prepared earlier.
+"""
+
+
+@jax.tree_util.register_pytree_node_class
+class Outputs:
+    """What a model says about a batch.
+
+    Args:
+        logits: ``[..., classes]``; or None where ``hidden`` and ``head`` give them, or where the model has none.
+        hidden: ``[..., dim]``, the input of the last linear map.
+        head: ``[dim, classes]``, that map. Keeping the two apart lets a loss walk the classes in blocks.
+        heads: further answers by name (distillation token, auxiliary head, embedding, score, box).
+        taps: what was captured, by the path that asked for it.
+    """
+
+    def __init__(
+        self,
+        logits: Array | None = None,
+        *,
+        hidden: Array | None = None,
+        head: Array | None = None,
+        heads: Mapping[str, Any] | None = None,
+        taps: Mapping[str, Any] | None = None,
+    ):
+        self._logits = logits
+        self.hidden = hidden
+        self.head = head
+        self.heads = dict(heads or {})
+        self.taps = dict(taps or {})
+
+    @property
+    def logits(self) -> Array:
+        """``[..., classes]``; computed as ``hidden @ head`` where the model keeps the two apart.
+
+        Raises:
+            AttributeError: the model gives neither.
+        """
+        if self._logits is not None:
+            return self._logits
+        if self.hidden is not None and self.head is not None:
+            return jnp.einsum("...d,dc->...c", self.hidden, self.head, preferred_element_type=jnp.float32)
+        raise AttributeError("these Outputs hold no logits (neither logits nor hidden and head)")
+
+    @property
+    def has_logits(self) -> bool:
+        return self._logits is not None or (self.hidden is not None and self.head is not None)
+
+    def replace(self, **changes: Any) -> Outputs:
+        """A copy with some of the constructor's arguments changed."""
+        fields = dict(logits=self._logits, hidden=self.hidden, head=self.head, heads=self.heads, taps=self.taps)
+        return Outputs(**(fields | changes))
+
+    def tree_flatten(self):
+        return (self._logits, self.hidden, self.head, self.heads, self.taps), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        # Past __init__: jax also unflattens with placeholders that are no arrays and no mappings.
+        outputs = object.__new__(cls)
+        outputs._logits, outputs.hidden, outputs.head, outputs.heads, outputs.taps = children
+        return outputs
+
+    def __repr__(self) -> str:
+        def shape(x):
+            return getattr(x, "shape", x)
+
+        given = dict(logits=self._logits, hidden=self.hidden, head=self.head)
+        parts = [f"{name}={shape(value)}" for name, value in given.items() if value is not None]
+        parts += [f"{name}={jax.tree.map(shape, value)}" for name, value in (("heads", self.heads), ("taps", self.taps)) if value]
+        return f"Outputs({', '.join(parts)})"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How a model wants its images: ``(resize(image) - mean) / std``, from uint8 0..255 or float 0..1.
+
+    Args:
+        size: ``(height, width)`` that the image is resized to (antialiased bilinear), None to keep it.
+        mean: per channel, on the 0..1 scale.
+        std: per channel, on the 0..1 scale.
+    """
+
+    size: tuple[int, int] | None = None
+    mean: Sequence[float] = (0.0,)
+    std: Sequence[float] = (1.0,)
+
+    def __call__(self, image: Array) -> Array:
+        """``[..., height, width, channels]`` to float ``[..., *size, channels]`` (a float dtype is kept)."""
+        image = jnp.asarray(image)
+        if not jnp.issubdtype(image.dtype, jnp.floating):
+            image = image.astype(jnp.float32) / 255
+        if self.size is not None and image.shape[-3:-1] != tuple(self.size):
+            shape = (*image.shape[:-3], *self.size, image.shape[-1])
+            image = jax.image.resize(image, shape, "bilinear").astype(image.dtype)
+        mean, std = (jnp.asarray(value, image.dtype) for value in (self.mean, self.std))
+        return (image - mean) / std
+
+
+def _no_parts(path: str) -> Model:
+    raise InputError(f"submodule({path!r}): this model cannot be cut into parts; build it with models.from_nnx")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A network as two pure functions over plain trees: no Variables, no modules, no random state.
+
+    Args:
+        init: ``init(key) -> (params, buffers)``, traceable, so that ``jit(init, out_shardings=…)`` creates it sharded.
+        apply: ``apply(params, buffers, batch, *, taps=(), train=False, key=None) -> (Outputs, buffers)``. It applies
+            ``preprocess`` itself. ``taps`` are paths ``module/path[:method][#call][@layer]``; ``key`` feeds dropout.
+        params: nested dict of arrays where the weights are known (pretrained), else of shapes.
+        buffers: likewise; what the model carries that no gradient reaches (BatchNorm statistics).
+        paths: ``paths(batch) -> {path: shape}`` of everything that can be tapped, by ``eval_shape`` alone.
+        submodule: ``submodule(path) -> Model``, a part of this model whose ``apply`` takes the part's input in the batch's
+            place and whose params are the subtree at that path.
+        preprocess: how it wants its images; None for models that read no ``image``.
+        couples_batch: True where one example's answer in training depends on the others (BatchNorm).
+        name: for tables and messages.
+    """
+
+    init: Callable[[Array], tuple[Tree, Tree]]
+    apply: Callable[..., tuple[Outputs, Tree]]
+    params: Tree
+    buffers: Tree
+    paths: Callable[[Any], dict[str, jax.ShapeDtypeStruct]] = dataclasses.field(default=lambda batch: {})
+    submodule: Callable[[str], Model] = _no_parts
+    preprocess: Preprocess | None = None
+    couples_batch: bool = False
+    name: str = "model"
+
+    @property
+    def initialised(self) -> bool:
+        """True where ``params`` holds weights rather than shapes."""
+        return not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((self.params, self.buffers)))
+
+    def with_weights(self, params: Tree, buffers: Tree) -> Model:
+        """The same network holding these weights."""
+        return dataclasses.replace(self, params=params, buffers=buffers)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One summand of a recipe's loss: ``coef * sum(values * weight) / sum(weight)`` over the global batch.
+
+    Args:
+        values: what a loss returned, unreduced: ``[batch, ...]``.
+        weight: what the mean divides by: ``[batch]``, or further leading axes of ``values``; trailing axes are averaged.
+        coef: scalar, may be traced (a schedule).
+    """
+
+    values: Array
+    weight: Array
+    coef: float | Array = 1.0
