@@ -1,0 +1,201 @@
+"""What every loss needs: float32 at least, checks at trace time, and logs, norms and means that stay finite.
+
+A quantity that is undefined at one point (0 log 0, the gradient of a norm at zero) is guarded with *two* ``where``: the inner
+one keeps the undefined operand out of the expression, the outer one picks the limit. One ``where`` is not enough, because the
+gradient of the branch not taken is still computed, and 0 * nan is nan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jkd.losses._typing import Array, Bool, Float, PerPosition, Real
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------
+
+
+def promote(*arrays: Any) -> tuple[jax.Array, ...]:
+    """All arrays in one float dtype: float64 where one of them is float64, else float32 (bfloat16, float16, ints too)."""
+    dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    return tuple(jnp.asarray(array, dtype) for array in arrays)
+
+
+# --- checks (shapes and dtypes only, so they run while tracing) ---------------------------------------------------------
+
+
+def describe(array: Any) -> str:
+    """``float32[4,10]``."""
+    return f"{np.dtype(array.dtype).name}[{','.join(map(str, np.shape(array)))}]"
+
+
+def check_numeric(**arrays: Any) -> None:
+    """Every array holds real numbers."""
+    for name, array in arrays.items():
+        if not hasattr(array, "dtype"):
+            raise TypeError(f"{name} must be an array, got {type(array).__name__}")
+        if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+            raise TypeError(f"{name} must hold real numbers, got {describe(array)}")
+
+
+def check_rank(minimum: int, meaning: str, **arrays: Any) -> None:
+    """Every array holds real numbers and has at least ``minimum`` axes; ``meaning`` names them (``[..., classes]``)."""
+    check_numeric(**arrays)
+    for name, array in arrays.items():
+        if np.ndim(array) < minimum:
+            raise ValueError(f"{name} must be {meaning}, with at least {minimum} axes, got {describe(array)}")
+
+
+def check_exact_rank(rank: int, meaning: str, **arrays: Any) -> None:
+    """Every array holds real numbers and has exactly ``rank`` axes; ``meaning`` names them."""
+    check_numeric(**arrays)
+    for name, array in arrays.items():
+        if np.ndim(array) != rank:
+            raise ValueError(f"{name} must be {meaning}, with {rank} axes, got {describe(array)}")
+
+
+def check_nonempty(axis: int, meaning: str, **arrays: Any) -> None:
+    """No array is empty along ``axis``."""
+    for name, array in arrays.items():
+        if np.shape(array)[axis] == 0:
+            raise ValueError(f"{name} must have a non-empty {meaning} axis (axis {axis}), got {describe(array)}")
+
+
+def check_same_shape(**arrays: Any) -> None:
+    """All arrays have the first one's shape."""
+    (first, reference), *others = arrays.items()
+    for name, array in others:
+        if np.shape(array) != np.shape(reference):
+            raise ValueError(f"{name} must have the shape of {first} {describe(reference)}, got {describe(array)}")
+
+
+def check_classes(student_logits: Any, teacher_logits: Any, *, axis: str = "classes", **names: Any) -> None:
+    """Two equally shaped ``[..., classes]`` with at least one class. The keyword ``names`` may hold further such arrays."""
+    arrays = dict(student_logits=student_logits, teacher_logits=teacher_logits, **names)
+    check_rank(1, f"[..., {axis}]", **arrays)
+    check_nonempty(-1, axis, **arrays)
+    if np.shape(student_logits)[-1] != np.shape(teacher_logits)[-1]:
+        raise ValueError(
+            f"student_logits and teacher_logits must have the same number of {axis} (last axis), "
+            f"got {describe(student_logits)} and {describe(teacher_logits)}"
+        )
+    check_same_shape(**arrays)
+
+
+def check_labels(labels: Any, logits: Any, *, name: str = "labels", logits_name: str = "student_logits") -> None:
+    """Integer labels with the shape of ``logits`` less the class axis. Their range is data, so it is not checked."""
+    if not hasattr(labels, "dtype"):
+        raise TypeError(f"{name} must be an integer array, got {type(labels).__name__}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, one class index for each position, got {describe(labels)}")
+    if np.shape(labels) != np.shape(logits)[:-1]:
+        raise ValueError(
+            f"{name} must have the shape of {logits_name} {describe(logits)} without its last axis, got {describe(labels)}"
+        )
+
+
+def check_where(where: Any, shape: tuple[int, ...], *, meaning: str) -> None:
+    """A mask of that shape (True or 1 = counted)."""
+    if not hasattr(where, "dtype") or not (jnp.issubdtype(where.dtype, jnp.bool_) or jnp.issubdtype(where.dtype, jnp.number)):
+        raise TypeError(f"where must be a boolean or 0/1 array {meaning}, got {type(where).__name__}")
+    if np.shape(where) != tuple(shape):
+        raise ValueError(f"where must be {meaning} = {list(shape)}, got {describe(where)}")
+
+
+# --- softmax and divergences between log-probabilities ------------------------------------------------------------------
+
+
+def per_class(value: PerPosition) -> Any:
+    """A scalar stays, one value for each position gains the class axis."""
+    return value if np.ndim(value) == 0 else jnp.asarray(value)[..., None]
+
+
+def log_softmax(logits: Real[Array, "*batch classes"], temperature: PerPosition = 1.0) -> Float[Array, "*batch classes"]:
+    """Log-probabilities of ``logits / temperature``; classes at -inf stay at -inf and receive no gradient."""
+    if not (isinstance(temperature, (int, float)) and temperature == 1):
+        logits = logits / per_class(temperature)
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+def kl(log_p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
+    """``sum_c p (log p - log q)`` in nats. A class that either side masks with -inf contributes nothing."""
+    kept = (log_p > -jnp.inf) & (log_q > -jnp.inf)
+    difference = jnp.where(kept, log_p, 0) - jnp.where(kept, log_q, 0)
+    return jnp.sum(jnp.where(kept, jnp.exp(log_p), 0) * difference, axis=-1)
+
+
+def cross_entropy_of(p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
+    """``- sum_c p log q`` in nats. A class that the student masks with -inf contributes nothing."""
+    return -jnp.sum(p * jnp.where(log_q > -jnp.inf, log_q, 0), axis=-1)
+
+
+def log_mix(
+    weight_p: PerPosition, log_p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch classes"]
+) -> Float[Array, "*batch classes"]:
+    """``log(w p + (1 - w) q)``, exact where p or q underflow, and -inf only where both are."""
+    kept = (log_p > -jnp.inf) | (log_q > -jnp.inf)
+    weight = per_class(weight_p)
+    top = jax.lax.stop_gradient(jnp.where(kept, jnp.maximum(log_p, log_q), 0))
+    total = weight * jnp.exp(log_p - top) + (1 - weight) * jnp.exp(log_q - top)
+    # A weight of exactly 0 or 1 leaves total = 0 where the side that counts has underflowed; it has no mass there.
+    kept &= total > 0
+    return jnp.where(kept, jnp.log(jnp.where(kept, total, 1)) + top, -jnp.inf)
+
+
+def at_label(values: Real[Array, "*batch classes"], labels: Any) -> Real[Array, "*batch"]:
+    """``values[..., labels]``. A label out of range is not an error under jit: it reads the last or first class."""
+    return jnp.take_along_axis(values, labels[..., None], axis=-1, mode="clip")[..., 0]
+
+
+def is_label(labels: Any, classes: int) -> jax.Array:
+    """``[..., classes]`` boolean, True at the label."""
+    indices = jnp.arange(classes, dtype=labels.dtype).reshape((1,) * labels.ndim + (classes,))
+    return labels[..., None] == indices
+
+
+# --- norms, correlations, means -----------------------------------------------------------------------------------------
+
+
+def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Square root with gradient 0 (instead of inf) at 0."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def norm(x: Float[Array, "..."], axis: int | tuple[int, ...] = -1, *, keepdims: bool = False) -> Float[Array, "..."]:
+    """Euclidean norm with gradient 0 at 0."""
+    return safe_sqrt(jnp.sum(x * x, axis=axis, keepdims=keepdims))
+
+
+def normalize(x: Float[Array, "..."], axis: int | tuple[int, ...] = -1, *, eps: float = 1e-12) -> Float[Array, "..."]:
+    """``x / |x|``. PyTorch divides a vector shorter than ``eps`` by ``eps``; here it stays itself, so that the gradient at
+    zero is of order 1 rather than 1/eps."""
+    length = norm(x, axis, keepdims=True)
+    return x / jnp.where(length > eps, length, 1)
+
+
+def where_like(where: Bool[Array, "..."] | Real[Array, "..."], values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The mask as floats of ``values``' dtype, with trailing axes of size 1 up to its rank."""
+    return jnp.asarray(where).astype(values.dtype).reshape(np.shape(where) + (1,) * (values.ndim - np.ndim(where)))
+
+
+def masked_mean(
+    values: Float[Array, "..."],
+    where: Any = None,
+    axis: int | tuple[int, ...] | None = None,
+    *,
+    keepdims: bool = False,
+) -> Float[Array, "..."]:
+    """Mean over ``axis`` of what ``where`` keeps (0 where it keeps nothing).
+
+    ``where`` broadcasts against ``values`` and has its rank. What is masked out may be nan.
+    """
+    if where is None:
+        return jnp.mean(values, axis=axis, keepdims=keepdims)
+    weight = jnp.broadcast_to(jnp.asarray(where).astype(values.dtype), values.shape)
+    count = jnp.sum(weight, axis=axis, keepdims=keepdims)
+    total = jnp.sum(jnp.where(weight != 0, values, 0) * weight, axis=axis, keepdims=keepdims)
+    return total / jnp.where(count != 0, count, 1)

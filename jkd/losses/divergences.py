@@ -1,0 +1,330 @@
+"""Divergences between two logit vectors, one value for each position.
+
+p is the teacher's softmax and q the student's, both of logits / temperature; sums run over the classes (last axis).
+``temperature`` is a scalar or one value for each position, so it may be learned (CTKD) or depend on the token. A class that one
+side masks with -inf (a padded vocabulary) contributes nothing.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jkd.losses._common import (
+    at_label,
+    check_classes,
+    check_labels,
+    check_nonempty,
+    check_rank,
+    check_same_shape,
+    cross_entropy_of,
+    is_label,
+    kl,
+    log_mix,
+    log_softmax,
+    promote,
+)
+from jkd.losses._typing import Array, Float, Int, PerPosition, Real, Scalar
+
+
+def cross_entropy(
+    student_logits: Real[Array, "*batch classes"],
+    labels: Int[Array, "*batch"] | Float[Array, "*batch classes"],
+    *,
+    label_smoothing: Scalar = 0.0,
+) -> Float[Array, "*batch"]:
+    """``- sum_c y_c log q_c``, y = (1 - eps) onehot(label) + eps / C.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        labels: int ``[...]``, or a distribution ``[..., classes]`` (what mixup gives). An integer out of range is not an error
+            under jit: it reads the nearest class.
+        label_smoothing: eps. 0 is no smoothing; 0.1 is Szegedy et al.
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [CE, LS] Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7.
+
+    Example:
+        >>> cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3])).round(4).tolist()
+        [1.3863, 1.3863]
+    """
+    check_rank(1, "[..., classes]", student_logits=student_logits)
+    check_nonempty(-1, "classes", student_logits=student_logits)
+    soft = np.ndim(labels) == np.ndim(student_logits) and jnp.issubdtype(getattr(labels, "dtype", None), jnp.floating)
+    if soft:
+        check_same_shape(student_logits=student_logits, labels=labels)
+        logits, target = promote(student_logits, labels)
+    else:
+        check_labels(labels, student_logits)
+        (logits,) = promote(student_logits)
+    log_q = log_softmax(logits)
+    value = cross_entropy_of(target, log_q) if soft else -at_label(log_q, labels)
+    if isinstance(label_smoothing, (int, float)) and label_smoothing == 0:
+        return value
+    uniform = -jnp.mean(jnp.where(log_q > -jnp.inf, log_q, 0), axis=-1)
+    return (1 - label_smoothing) * value + label_smoothing * uniform
+
+
+def _pair(student_logits, teacher_logits, temperature):
+    """Checked log-probabilities (log q of the student, log p of the teacher)."""
+    check_classes(student_logits, teacher_logits)
+    student, teacher = promote(student_logits, teacher_logits)
+    return log_softmax(student, temperature), log_softmax(teacher, temperature)
+
+
+def _squared(temperature):
+    return temperature * temperature
+
+
+def soft_cross_entropy(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    *,
+    temperature: PerPosition = 1.0,
+) -> Float[Array, "*batch"]:
+    """``- T² sum_c p_c log q_c``: `forward_kl` plus the teacher's entropy, so the same gradient for the student.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``.
+        temperature: T.
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [KD, soft CE] Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, section 2.
+
+    Code versus paper:
+        DistiLLM calls this forward KL. TinyBERT averages over the classes too: ``coef = 1 / (C T²)`` gives its number.
+
+    Example:
+        >>> soft_cross_entropy(jnp.zeros(4), jnp.zeros(4)).round(4).item()
+        1.3863
+    """
+    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
+    return cross_entropy_of(jnp.exp(log_p), log_q) * _squared(temperature)
+
+
+def forward_kl(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    *,
+    temperature: PerPosition = 1.0,
+) -> Float[Array, "*batch"]:
+    """``T² sum_c p_c (log p_c - log q_c)``, KL(teacher || student): covers every mode of the teacher.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``.
+        temperature: T. Hinton et al. use 1 to 20; 4 is usual on CIFAR, 1 on ImageNet.
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [KD] Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, equations 1-4.
+
+    Code versus paper:
+        DeiT and PromptKD divide by the number of classes as well (PyTorch's ``mean``): ``coef = 1 / C``. PKD-BERT does too.
+
+    Example:
+        >>> teacher = jnp.log(jnp.array([0.5, 0.25, 0.25]))
+        >>> forward_kl(jnp.zeros(3), teacher).round(4).item()
+        0.0589
+    """
+    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
+    return kl(log_p, log_q) * _squared(temperature)
+
+
+def reverse_kl(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    *,
+    temperature: PerPosition = 1.0,
+) -> Float[Array, "*batch"]:
+    """``T² sum_c q_c (log q_c - log p_c)``, KL(student || teacher): stays on the modes that the student can hold.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``.
+        temperature: T.
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [RKL] Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", ICLR 2024, arXiv:2306.08543, equation 1.
+
+    Example:
+        >>> teacher = jnp.log(jnp.array([0.5, 0.25, 0.25]))
+        >>> reverse_kl(jnp.zeros(3), teacher).round(4).item()
+        0.0566
+    """
+    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
+    return kl(log_q, log_p) * _squared(temperature)
+
+
+def jeffreys(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    *,
+    temperature: PerPosition = 1.0,
+) -> Float[Array, "*batch"]:
+    """``T² / 2 sum_c (p_c - q_c)(log p_c - log q_c)``, the mean of forward and reverse KL.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``.
+        temperature: T.
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [SSLD] Cui et al., "Beyond Self-Supervision: A Simple Yet Effective Network Distillation Alternative to Improve
+        Backbones", 2021, arXiv:2103.05959, section 3.
+
+    Code versus paper:
+        The paper writes the Jensen-Shannon divergence (`js` with ``beta=0.5``); PaddleClas, the authors' code, computes this.
+
+    Example:
+        >>> jeffreys(jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0])).round(4).item()
+        0.4621
+    """
+    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
+    return 0.5 * (kl(log_p, log_q) + kl(log_q, log_p)) * _squared(temperature)
+
+
+def js(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    *,
+    beta: Scalar = 0.5,
+    temperature: PerPosition = 1.0,
+) -> Float[Array, "*batch"]:
+    """``T² (beta KL(p || m) + (1 - beta) KL(q || m))``, m = beta p + (1 - beta) q: at most log 2 for beta = 1/2.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``.
+        beta: 0 gives `forward_kl` and 1 gives `reverse_kl`, as in TRL (the formula itself goes to 0 at both ends). GKD and TRL
+            use 0.5, DistiLLM's ``js_distance`` with its lam = 0.9 is beta = 0.1.
+        temperature: T.
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [GKD, generalised JSD] Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, arXiv:2306.13649,
+        equation 1.
+
+    Example:
+        >>> js(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0])).round(4).item()
+        0.6931
+    """
+    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
+    squared = _squared(temperature)
+    if isinstance(beta, (int, float)) and beta in (0, 1):
+        return (kl(log_p, log_q) if beta == 0 else kl(log_q, log_p)) * squared
+    log_m = log_mix(beta, log_p, log_q)
+    value = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    if not isinstance(beta, (int, float)):  # a schedule's value: the ends are only known when it runs
+        value = jnp.where(beta == 0, kl(log_p, log_q), jnp.where(beta == 1, kl(log_q, log_p), value))
+    return value * squared
+
+
+def skew_forward_kl(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    *,
+    lam: Scalar = 0.1,
+    temperature: PerPosition = 1.0,
+) -> Float[Array, "*batch"]:
+    """``T² KL(p || lam p + (1 - lam) q)``, at most T² log(1 / lam).
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``.
+        lam: share of the teacher in the mixture; 0 is `forward_kl`. DistiLLM uses 0.1.
+        temperature: T.
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [SKL] Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", ICML 2024, arXiv:2402.03898,
+        section 3.1.
+
+    Code versus paper:
+        The code leaves out the constant - H(p), so the number that it prints is not a divergence; the gradient is the same.
+
+    Example:
+        >>> skew_forward_kl(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0]), lam=0.1).round(4).item()
+        2.3026
+    """
+    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
+    return kl(log_p, log_mix(lam, log_p, log_q)) * _squared(temperature)
+
+
+def skew_reverse_kl(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    *,
+    lam: Scalar = 0.1,
+    temperature: PerPosition = 1.0,
+) -> Float[Array, "*batch"]:
+    """``T² KL(q || (1 - lam) p + lam q)``, at most T² log(1 / lam); the gradient also passes through q in the mixture.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``.
+        lam: share of the student in the mixture; 0 is `reverse_kl`. DistiLLM uses 0.1.
+        temperature: T.
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [SRKL] Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", ICML 2024, arXiv:2402.03898,
+        section 3.1.
+
+    Example:
+        >>> skew_reverse_kl(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0]), lam=0.1).round(4).item()
+        2.3026
+    """
+    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
+    return kl(log_q, log_mix(lam, log_q, log_p)) * _squared(temperature)
+
+
+def total_variation(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    *,
+    temperature: PerPosition = 1.0,
+) -> Float[Array, "*batch"]:
+    """``1/2 sum_c |p_c - q_c|``, between 0 and 1.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``.
+        temperature: T. No T² here: the value is a distance between probabilities, not a divergence with a 1/T² gradient.
+
+    Returns:
+        ``[...]``, no unit.
+
+    Source:
+        [TVD] Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023, arXiv:2307.15190.
+
+    Example:
+        >>> total_variation(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.8, 0.2]))).round(4).item()
+        0.3
+    """
+    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
+    return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
+
+
