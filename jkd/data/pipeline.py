@@ -1,0 +1,359 @@
+"""From a source to the batches of this host: `Data`, the value of ``Run.data``.
+
+Every element of the grain pipeline is a whole batch, computed from its position alone: `Order` says which examples it holds,
+the source gives them, the maps change them. Threads, worker processes, prefetching and restarts therefore cannot change what a
+batch holds, and grain's cost for each element (about 0.1 ms) is paid for each batch instead of for each record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from jkd.data.order import Order, check_seed, generator, seed_of
+from jkd.errors import InputError, MissingExtra
+from jkd.types import Batch
+
+Record = dict[str, Any]
+"""One example: ``image`` ``[height, width, channels]``, ``label`` int, and what else the source has; no batch axis."""
+Map = Callable[[Record, np.random.Generator], Record]
+"""What is done to one record on the host; all its randomness comes from the generator it is given."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where examples come from. `jkd.data.arrays`, `digits`, `tfds` and `source` make them."""
+
+    @property
+    def classes(self) -> int | None: ...
+
+    def __len__(self) -> int: ...
+
+    def columns(self) -> Mapping[str, np.ndarray] | None:
+        """All examples at once, each ``[examples, ...]``; None where they must be read one by one."""
+        ...
+
+    def records(self, indices: Sequence[int]) -> list[Record]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Training and evaluation examples, and how they become batches.
+
+    Args:
+        train: the training examples.
+        eval: the evaluation examples, or None.
+        train_maps: host-side maps of one training record, in order (`jkd.data.vision`).
+        eval_maps: likewise for evaluation.
+        threads: threads that prepare batches ahead (one batch each; ``threads + 1`` are held ready). None: 1 where the examples
+            lie in memory and there are no maps, else one for each CPU core, at most 16.
+        workers: processes that prepare batches, for maps that hold Python's lock; 0 (the default) uses threads alone.
+        streams: further training streams ``(name, data, ratio)``, made by `join`.
+        name: for tables and messages.
+
+    The order of the training examples depends on the seed and the epoch alone: not on hosts, threads, workers or restarts.
+    """
+
+    train: Source
+    eval: Source | None = None
+    train_maps: tuple[Map, ...] = ()
+    eval_maps: tuple[Map, ...] = ()
+    threads: int | None = None
+    workers: int = 0
+    streams: tuple[tuple[str, Data, int], ...] = ()
+    name: str = "data"
+
+    def __post_init__(self):
+        for field in ("train_maps", "eval_maps"):
+            maps = getattr(self, field)
+            object.__setattr__(self, field, tuple(maps) if isinstance(maps, Sequence) else (maps,))
+            for each in getattr(self, field):
+                if not callable(each):
+                    raise InputError(f"data.{field}: {each!r} is not callable; a map is a function f(record, rng) -> record")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"data.threads={self.threads}: must be at least 1")
+        if self.workers < 0:
+            raise InputError(f"data.workers={self.workers}: must not be negative")
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes; None where the source does not say."""
+        return self.train.classes
+
+    @property
+    def train_size(self) -> int:
+        """Number of training examples; ``index`` counts from 0 to ``train_size - 1``."""
+        return _size(self.train, self.name, "training")
+
+    @property
+    def eval_size(self) -> int:
+        """Number of evaluation examples; 0 without an evaluation source."""
+        return 0 if self.eval is None else _size(self.eval, self.name, "evaluation")
+
+    @property
+    def has_eval(self) -> bool:
+        return self.eval is not None
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        process: tuple[int, int] = (0, 1),
+        weights: np.ndarray | None = None,
+    ) -> Iterator[Batch]:
+        """This host's rows of the global batches ``start``, ``start + 1``, …, without end.
+
+        Args:
+            batch_size: rows of the *global* batch.
+            seed: of the order and of every random map.
+            start: global batches already trained on. Nothing is replayed.
+            process: (index, count) of this host: it gets rows ``[index * b, (index + 1) * b)``, ``b = batch_size / count``.
+            weights: ``[train_size]`` sampling weights: rows become independent draws with replacement, row r drawn from
+                (seed, r) and the weights alone.
+
+        Returns:
+            An iterator of NumPy batches ``[b, ...]``. ``close()`` it when done: batches under way are then dropped.
+
+        Raises:
+            InputError: empty data, a batch that does not divide by the hosts, bad weights; and, from the iterator, a label
+                outside the classes or images of different sizes.
+        """
+        _check_batch_size(batch_size, process)
+        if start < 0:
+            raise InputError(f"start={start}: the data position must not be negative")
+        return _iterate(_Train(self, batch_size, check_seed(seed), start, process, weights), self)
+
+    def eval_batches(self, batch_size: int, *, process: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """The evaluation examples once, in order: this host's rows of every global batch.
+
+        The last batch is filled up with rows of zeros, ``weight`` included: every batch has the full size and every host gets
+        the same number of batches.
+
+        Raises:
+            InputError: there is no evaluation source, or it is empty; a batch that does not divide by the hosts.
+        """
+        if self.eval is None:
+            raise InputError(f"{self.name}: there is no evaluation source; give eval=")
+        _check_batch_size(batch_size, process)
+        return _iterate(_Eval(self, batch_size, process), self)
+
+    def spec(self, batch_size: int) -> Batch:
+        """Shapes and dtypes of a training batch, as ``jax.ShapeDtypeStruct``, from one example."""
+        import jax
+
+        def wide(array: np.ndarray) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype)
+
+        batch: Batch = {name: wide(array) for name, array in _read(self.train, self.train_maps, np.zeros(1, int), 0, 0).items()}
+        for name, data, ratio in self.streams:
+            batch[name] = data.spec(batch_size * ratio)
+        return batch
+
+
+def join(main: Data, **streams: Data | tuple[Data, int]) -> Data:
+    """Training batches of ``main`` that hold further batches by name: ``join(labelled, unlabelled=(everything, 7))``.
+
+    Args:
+        main: gives the batch itself and the evaluation.
+        **streams: by key of the batch: the data, or (data, ratio) with ``ratio`` times as many rows (default 1). Every stream
+            has an order of its own, its own ids and its own maps.
+
+    Raises:
+        InputError: a key that a batch already uses, or a ratio below 1.
+    """
+    joined = list(main.streams)
+    for name, value in streams.items():
+        data, ratio = value if isinstance(value, tuple) else (value, 1)
+        if not isinstance(data, Data) or not isinstance(ratio, int) or ratio < 1:
+            raise InputError(f"join({name}={value!r}): must be data, or (data, ratio) with a ratio of at least 1")
+        if name in ("image", "label", "weight", "index", "labelled", "teacher", *(other for other, _, _ in joined)):
+            raise InputError(f"join({name}=…): a batch already has {name!r}; choose another key")
+        joined.append((name, data, ratio))
+    return dataclasses.replace(main, streams=tuple(joined))
+
+
+def check_batch(batch: Batch, classes: int | None, *, field: str = "label") -> None:
+    """Labels that may be used must lie in ``0 … classes - 1``; rows of weight 0 or ``labelled`` 0 are free.
+
+    Args:
+        batch: NumPy arrays; ``label`` int ``[batch]`` (distributions are left alone).
+        classes: None checks nothing.
+
+    Raises:
+        InputError: names the value, the example's ``index`` and the field.
+    """
+    label = batch.get(field)
+    if classes is None or label is None or label.ndim != 1:
+        return
+    used = np.ones(len(label), bool)
+    for name in ("weight", "labelled"):
+        if name in batch:
+            used &= batch[name] > 0
+    bad = np.flatnonzero(used & ((label < 0) | (label >= classes)))
+    if bad.size:
+        row = bad[0]
+        where = f"example {batch['index'][row]}" if "index" in batch else f"row {row}"
+        raise InputError(f"{field} {label[row]} of {where} is outside 0..{classes - 1} ({classes} classes)")
+
+
+def _size(source: Source, name: str, kind: str) -> int:
+    size = len(source)
+    if size == 0:
+        raise InputError(f"{name}: the {kind} set is empty")
+    return size
+
+
+def _check_batch_size(batch_size: int, process: tuple[int, int]) -> None:
+    index, count = process
+    if not 0 <= index < count:
+        raise InputError(f"process={process}: must be (index, count) with 0 <= index < count")
+    if batch_size < 1 or batch_size % count:
+        raise InputError(f"batch_size={batch_size}: must be a positive multiple of the number of hosts ({count})")
+
+
+def _read(source: Source, maps: Sequence[Map], indices: np.ndarray, first: int, seed: int) -> Batch:
+    """The examples ``indices`` as a batch; they are global rows ``first``, ``first + 1``, … to the random maps."""
+    columns = source.columns()
+    if columns is not None and not maps:
+        batch = {name: np.take(column, indices, axis=0) for name, column in columns.items()}
+    else:
+        records = source.records([int(index) for index in indices])
+        for position, record in enumerate(records):
+            if maps:
+                rng = generator(seed, first + position)
+                for each in maps:
+                    record = each(record, rng)
+            records[position] = record
+        batch = {name: _stack(name, records, indices) for name in records[0]}
+    return _standard({name: array for name, array in batch.items() if array.dtype.kind in "biuf"}, indices, source.classes)
+
+
+def _stack(name: str, records: Sequence[Record], indices: np.ndarray) -> np.ndarray:
+    missing = [index for index, record in zip(indices, records, strict=True) if name not in record]
+    if missing:
+        raise InputError(f"record {missing[0]} has no {name!r}, which record {indices[0]} has")
+    values = [record[name] for record in records]
+    if name == "image" and isinstance(values[0], bytes):
+        raise InputError(f"image of record {indices[0]} is bytes: put vision.decode() first among the maps")
+    arrays = [np.asarray(value) for value in values]
+    for index, array in zip(indices, arrays, strict=True):
+        if array.shape != arrays[0].shape:
+            fix = "; add a map that gives one size, such as vision.random_resized_crop(224)" if name == "image" else ""
+            sizes = f"{list(array.shape)}, that of record {indices[0]} {list(arrays[0].shape)}"
+            raise InputError(f"{name} of record {index} has shape {sizes}{fix}")
+    return np.stack(arrays)
+
+
+_NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32, np.dtype(np.uint64): np.uint32}
+
+
+def _standard(batch: Batch, indices: np.ndarray, classes: int | None) -> Batch:
+    """The keys and dtypes that every batch has; see `jkd.types.Batch`."""
+    rows = len(indices)
+    batch = {name: array.astype(_NARROW.get(array.dtype, array.dtype), copy=False) for name, array in batch.items()}
+    batch["index"] = indices.astype(np.int32)
+    batch["weight"] = np.ones(rows, np.float32)
+    has_label = "label" in batch
+    batch["labelled"] = batch["labelled"].astype(np.float32) if "labelled" in batch else np.full(rows, has_label, np.float32)
+    if not has_label:
+        batch["label"] = np.zeros(rows, np.int32)
+    elif batch["label"].ndim == 1:
+        if batch["label"].dtype.kind == "f":
+            raise InputError(f"label of example {indices[0]} is the float {batch['label'][0]}: class labels are integers")
+        # A label that may not be used is not there: no term can read it by mistake, and none is out of range.
+        batch["label"] = np.where(batch["labelled"] > 0, batch["label"], 0).astype(np.int32)
+        check_batch(batch, classes)
+    image = batch.get("image")
+    if image is not None:
+        if image.ndim != 4:
+            raise InputError(f"image of example {indices[0]} has shape {list(image.shape[1:])}, not [height, width, channels]")
+        if image.dtype != np.uint8 and image.dtype.kind != "f":
+            raise InputError(f"image is {image.dtype}: uint8 in 0..255 or float in 0..1 is needed")
+    return batch
+
+
+class _Train:
+    """Batch ``start + k`` of this host at place k: a random-access source for grain that never ends."""
+
+    def __init__(self, data: Data, batch_size: int, seed: int, start: int, process: tuple[int, int], weights: Any = None):
+        self._data, self._seed, self._start, self._process = data, seed, start, process
+        self._batch_size = batch_size
+        self._order = Order(data.train_size, seed, weights)
+        self._streams: list[tuple[str, _Train]] = []
+        for name, other, ratio in data.streams:
+            self._streams.append((name, _Train(other, batch_size * ratio, seed_of(seed, name), start, process)))
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, place: int) -> Batch:
+        index, count = self._process
+        rows = self._batch_size // count
+        first = (self._start + place) * self._batch_size + index * rows
+        data = self._data
+        batch = _read(data.train, data.train_maps, self._order.examples(first, rows), first, self._seed)
+        for name, stream in self._streams:
+            batch[name] = stream[place]
+        return batch
+
+
+class _Eval:
+    """Evaluation batch k of this host at place k."""
+
+    def __init__(self, data: Data, batch_size: int, process: tuple[int, int]):
+        self._data, self._batch_size, self._process = data, batch_size, process
+        self._size = data.eval_size
+
+    def __len__(self) -> int:
+        return -(-self._size // self._batch_size)
+
+    def __getitem__(self, place: int) -> Batch:
+        index, count = self._process
+        rows = self._batch_size // count
+        first = place * self._batch_size + index * rows
+        real = max(0, min(rows, self._size - first))
+        data = self._data
+        assert data.eval is not None  # eval_batches has said so
+        # A host whose rows are all padding reads one example for its shapes.
+        indices = np.arange(first, first + real) if real else np.zeros(1, int)
+        batch = _read(data.eval, data.eval_maps, indices, first, 0)
+        if real == rows:
+            return batch
+        return {name: _pad(array[:real], rows) for name, array in batch.items()}
+
+
+def _pad(array: np.ndarray, rows: int) -> np.ndarray:
+    return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
+
+
+def _iterate(batches: Any, data: Data) -> Iterator[Batch]:
+    try:
+        import grain
+    except ImportError as error:
+        raise MissingExtra('batches need grain: pip install "jkd[train]"') from error
+    simple = data.train.columns() is not None and not data.train_maps and not data.streams
+    threads = data.threads or (1 if simple else min(16, os.cpu_count() or 1))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+    pipeline = grain.MapDataset.source(batches).to_iter_dataset(options)
+    if data.workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain hands absl's flags to its workers, and jkd's command line does not use absl
+        pipeline = pipeline.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
+    return _closing(pipeline)
+
+
+def _closing(pipeline: Any) -> Iterator[Batch]:
+    iterator = iter(pipeline)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
