@@ -5,6 +5,12 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Signatures in jkd.losses and jkd.targets are jaxtyping annotations, which only tests evaluate: each call's shapes and dtypes
+# are checked by beartype. The hook must be in place before the first import of either package.
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook(["jkd.losses", "jkd.targets"], "beartype.beartype")

@@ -1,8 +1,8 @@
 """Distillation losses: pure functions of arrays, student first, teacher second.
 
 Every loss is ``name(student_…, teacher_…, [labels], *, hyperparameters) -> Array``: unreduced (one value for each example,
-token or pixel, in float32 or float64), without example weights, state or ``stop_gradient`` on the teacher. Its plain mean is the
-number that the paper's code prints. Logarithms are natural: values of divergences are in nats.
+token or pixel, in float32 or float64), without example weights, state or ``stop_gradient`` on the teacher. Its plain mean is
+the number that the paper's code prints. Logarithms are natural: values of divergences are in nats.
 
 Temperature² is inside (Hinton's convention), so gradients keep their size as the temperature grows. TRL (GKD), DistiLLM and
 TinyBERT leave it out: ``coef = 1 / temperature**2`` makes a term equal to theirs.
@@ -10,21 +10,19 @@ TinyBERT leave it out: ``coef = 1 / temperature**2`` makes a term equal to their
 
 from __future__ import annotations
 
+from jkd.losses.decoupled import dkd
 from jkd.losses.divergences import (
-    adaptive_kl,
-    alpha_beta,
     cross_entropy,
     forward_kl,
     jeffreys,
     js,
-    logistic_ranking,
-    logit_mse,
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
     soft_cross_entropy,
     total_variation,
 )
+from jkd.losses.logits import adaptive_kl, alpha_beta, logit_mse
 
 __all__ = [
     # divergences
@@ -40,5 +38,6 @@ __all__ = [
     "alpha_beta",
     "adaptive_kl",
     "logit_mse",
-    "logistic_ranking",
+    # decoupled
+    "dkd",
 ]

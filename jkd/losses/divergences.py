@@ -7,7 +7,6 @@ side masks with -inf (a padded vocabulary) contributes nothing.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +18,6 @@ from jkd.losses._common import (
     check_rank,
     check_same_shape,
     cross_entropy_of,
-    is_label,
     kl,
     log_mix,
     log_softmax,
@@ -54,7 +52,9 @@ def cross_entropy(
     """
     check_rank(1, "[..., classes]", student_logits=student_logits)
     check_nonempty(-1, "classes", student_logits=student_logits)
-    soft = np.ndim(labels) == np.ndim(student_logits) and jnp.issubdtype(getattr(labels, "dtype", None), jnp.floating)
+    soft = (
+        np.ndim(labels) == np.ndim(student_logits) and hasattr(labels, "dtype") and jnp.issubdtype(labels.dtype, jnp.floating)
+    )
     if soft:
         check_same_shape(student_logits=student_logits, labels=labels)
         logits, target = promote(student_logits, labels)
@@ -326,5 +326,3 @@ def total_variation(
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
     return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
-
-

@@ -1,0 +1,1 @@
+"""What is done to a teacher's answer before a loss sees it: pure functions of arrays."""
