@@ -15,12 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jkd.data.batch import Record, stack, standard
 from jkd.data.order import Order, check_seed, generator, seed_of
 from jkd.errors import InputError, MissingExtra
 from jkd.types import Batch
 
-Record = dict[str, Any]
-"""One example: ``image`` ``[height, width, channels]``, ``label`` int, and what else the source has; no batch axis."""
 Map = Callable[[Record, np.random.Generator], Record]
 """What is done to one record on the host; all its randomness comes from the generator it is given."""
 
@@ -39,6 +38,10 @@ class Source(Protocol):
         ...
 
     def records(self, indices: Sequence[int]) -> list[Record]: ...
+
+    def example(self) -> Record:
+        """A record with the right shapes; it need not be one of the examples."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,59 +151,17 @@ class Data:
         """Shapes and dtypes of a training batch, as ``jax.ShapeDtypeStruct``, from one example."""
         import jax
 
-        def wide(array: np.ndarray) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype)
-
-        batch: Batch = {name: wide(array) for name, array in _read(self.train, self.train_maps, np.zeros(1, int), 0, 0).items()}
+        record = self.train.example()
+        rng = generator(0, 0)
+        for each in self.train_maps:
+            record = each(record, rng)
+        example = {name: np.asarray(value)[None] for name, value in record.items()}
+        batch: Batch = {}
+        for name, array in standard(example, np.zeros(1, int), None).items():
+            batch[name] = jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype)
         for name, data, ratio in self.streams:
             batch[name] = data.spec(batch_size * ratio)
         return batch
-
-
-def join(main: Data, **streams: Data | tuple[Data, int]) -> Data:
-    """Training batches of ``main`` that hold further batches by name: ``join(labelled, unlabelled=(everything, 7))``.
-
-    Args:
-        main: gives the batch itself and the evaluation.
-        **streams: by key of the batch: the data, or (data, ratio) with ``ratio`` times as many rows (default 1). Every stream
-            has an order of its own, its own ids and its own maps.
-
-    Raises:
-        InputError: a key that a batch already uses, or a ratio below 1.
-    """
-    joined = list(main.streams)
-    for name, value in streams.items():
-        data, ratio = value if isinstance(value, tuple) else (value, 1)
-        if not isinstance(data, Data) or not isinstance(ratio, int) or ratio < 1:
-            raise InputError(f"join({name}={value!r}): must be data, or (data, ratio) with a ratio of at least 1")
-        if name in ("image", "label", "weight", "index", "labelled", "teacher", *(other for other, _, _ in joined)):
-            raise InputError(f"join({name}=…): a batch already has {name!r}; choose another key")
-        joined.append((name, data, ratio))
-    return dataclasses.replace(main, streams=tuple(joined))
-
-
-def check_batch(batch: Batch, classes: int | None, *, field: str = "label") -> None:
-    """Labels that may be used must lie in ``0 … classes - 1``; rows of weight 0 or ``labelled`` 0 are free.
-
-    Args:
-        batch: NumPy arrays; ``label`` int ``[batch]`` (distributions are left alone).
-        classes: None checks nothing.
-
-    Raises:
-        InputError: names the value, the example's ``index`` and the field.
-    """
-    label = batch.get(field)
-    if classes is None or label is None or label.ndim != 1:
-        return
-    used = np.ones(len(label), bool)
-    for name in ("weight", "labelled"):
-        if name in batch:
-            used &= batch[name] > 0
-    bad = np.flatnonzero(used & ((label < 0) | (label >= classes)))
-    if bad.size:
-        row = bad[0]
-        where = f"example {batch['index'][row]}" if "index" in batch else f"row {row}"
-        raise InputError(f"{field} {label[row]} of {where} is outside 0..{classes - 1} ({classes} classes)")
 
 
 def _size(source: Source, name: str, kind: str) -> int:
@@ -231,52 +192,8 @@ def _read(source: Source, maps: Sequence[Map], indices: np.ndarray, first: int, 
                 for each in maps:
                     record = each(record, rng)
             records[position] = record
-        batch = {name: _stack(name, records, indices) for name in records[0]}
-    return _standard({name: array for name, array in batch.items() if array.dtype.kind in "biuf"}, indices, source.classes)
-
-
-def _stack(name: str, records: Sequence[Record], indices: np.ndarray) -> np.ndarray:
-    missing = [index for index, record in zip(indices, records, strict=True) if name not in record]
-    if missing:
-        raise InputError(f"record {missing[0]} has no {name!r}, which record {indices[0]} has")
-    values = [record[name] for record in records]
-    if name == "image" and isinstance(values[0], bytes):
-        raise InputError(f"image of record {indices[0]} is bytes: put vision.decode() first among the maps")
-    arrays = [np.asarray(value) for value in values]
-    for index, array in zip(indices, arrays, strict=True):
-        if array.shape != arrays[0].shape:
-            fix = "; add a map that gives one size, such as vision.random_resized_crop(224)" if name == "image" else ""
-            sizes = f"{list(array.shape)}, that of record {indices[0]} {list(arrays[0].shape)}"
-            raise InputError(f"{name} of record {index} has shape {sizes}{fix}")
-    return np.stack(arrays)
-
-
-_NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32, np.dtype(np.uint64): np.uint32}
-
-
-def _standard(batch: Batch, indices: np.ndarray, classes: int | None) -> Batch:
-    """The keys and dtypes that every batch has; see `jkd.types.Batch`."""
-    rows = len(indices)
-    batch = {name: array.astype(_NARROW.get(array.dtype, array.dtype), copy=False) for name, array in batch.items()}
-    batch["index"] = indices.astype(np.int32)
-    batch["weight"] = np.ones(rows, np.float32)
-    has_label = "label" in batch
-    batch["labelled"] = batch["labelled"].astype(np.float32) if "labelled" in batch else np.full(rows, has_label, np.float32)
-    if not has_label:
-        batch["label"] = np.zeros(rows, np.int32)
-    elif batch["label"].ndim == 1:
-        if batch["label"].dtype.kind == "f":
-            raise InputError(f"label of example {indices[0]} is the float {batch['label'][0]}: class labels are integers")
-        # A label that may not be used is not there: no term can read it by mistake, and none is out of range.
-        batch["label"] = np.where(batch["labelled"] > 0, batch["label"], 0).astype(np.int32)
-        check_batch(batch, classes)
-    image = batch.get("image")
-    if image is not None:
-        if image.ndim != 4:
-            raise InputError(f"image of example {indices[0]} has shape {list(image.shape[1:])}, not [height, width, channels]")
-        if image.dtype != np.uint8 and image.dtype.kind != "f":
-            raise InputError(f"image is {image.dtype}: uint8 in 0..255 or float in 0..1 is needed")
-    return batch
+        batch = {name: stack(name, records, indices) for name in records[0]}
+    return standard(batch, indices, source.classes)
 
 
 class _Train:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jkd.data.batch import Record
+from jkd.data.labels import Labelled, check_fraction, checksum, mask_of
 from jkd.data.order import check_seed, choose
-from jkd.data.pipeline import Data, Map, Record, Source
+from jkd.data.pipeline import Data, Map, Source
 from jkd.errors import InputError, MissingExtra
 
 
@@ -66,7 +67,7 @@ def digits(*, labelled: float = 1.0, seed: int = 0, train_maps: Sequence[Map] = 
     Raises:
         InputError: ``labelled`` outside 0..1, or scikit-learn is not installed.
     """
-    _check_fraction(labelled)
+    check_fraction(labelled)
     return Data(
         train=Digits(split="train", labelled=float(labelled), seed=check_seed(seed)),
         eval=Digits(split="eval"),
@@ -93,7 +94,7 @@ def source(
 
     Args:
         train: gives ``dict(image=…, label=…)``; values that are not numbers (names, file paths) reach the maps and then go.
-            It is read from several threads at once, through ``__getitems__`` (list of indices to list of dicts) where it has that.
+            It is read from several threads at once, through ``__getitems__`` (indices to a list of dicts) where it has that.
         eval: likewise, or None.
         classes: number of classes; labels are checked against it. None: unknown, unchecked.
         labelled: a fraction of the training examples (at most so many, drawn from ``seed`` regardless of class: labels are not
@@ -114,9 +115,12 @@ def source(
             raise InputError(f"data.source({kind}={type(each).__name__}): needs __len__ and __getitem__")
     if len(train) == 0 or (eval is not None and len(eval) == 0):
         raise InputError(f"{name}: the {'training' if len(train) == 0 else 'evaluation'} set is empty")
-    mask = None if labelled is None else mask_of(labelled, len(train), seed)
+    records: Source = Records(train, classes=classes)
+    if labelled is not None:
+        mask_of(labelled, len(train), seed)  # says at once what is wrong with it
+        records = Labelled(records, labelled, seed)
     return Data(
-        train=Records(train, classes=classes, labelled=mask),
+        train=records,
         eval=None if eval is None else Records(eval, classes=classes),
         train_maps=tuple(train_maps),
         eval_maps=tuple(eval_maps),
@@ -142,18 +146,16 @@ class Arrays:
     def records(self, indices: Sequence[int]) -> list[Record]:
         return [{name: column[index] for name, column in self._columns.items()} for index in indices]
 
-    @functools.cached_property
-    def checksum(self) -> str:
-        digest = hashlib.sha256()
-        for name in sorted(self._columns):
-            column = np.ascontiguousarray(self._columns[name])
-            digest.update(f"{name} {column.dtype.str} {column.shape}".encode())
-            digest.update(column.tobytes())
-        return digest.hexdigest()[:16]
+    def example(self) -> Record:
+        return self.records([0])[0]
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}={column.dtype}{list(column.shape)}" for name, column in self._columns.items())
-        return f"Arrays({shapes}, classes={self.classes}, sha256={self.checksum})"
+        return f"Arrays({shapes}, classes={self.classes}, sha256={self._sha256})"
+
+    @functools.cached_property
+    def _sha256(self) -> str:
+        return checksum(self._columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +176,9 @@ class Digits:
     def records(self, indices: Sequence[int]) -> list[Record]:
         return [{name: column[index] for name, column in self.columns().items()} for index in indices]
 
+    def example(self) -> Record:
+        return self.records([0])[0]
+
 
 @functools.lru_cache(maxsize=8)
 def _digits(split: str, labelled: float, seed: int) -> dict[str, np.ndarray]:
@@ -192,8 +197,8 @@ def _digits(split: str, labelled: float, seed: int) -> dict[str, np.ndarray]:
 class Records:
     """A `Source` that reads one record after another from an object with ``__len__`` and ``__getitem__``."""
 
-    def __init__(self, read: Any, *, classes: int | None = None, labelled: np.ndarray | None = None):
-        self._read, self._labelled = read, labelled
+    def __init__(self, read: Any, *, classes: int | None = None):
+        self._read = read
         self.classes = classes
 
     def __len__(self) -> int:
@@ -207,36 +212,16 @@ class Records:
         records = list(many(list(indices))) if many is not None else [self._read[index] for index in indices]
         for position, (index, record) in enumerate(zip(indices, records, strict=True)):
             if not isinstance(record, Mapping):
-                raise InputError(f"record {index} is a {type(record).__name__}: not a dict like dict(image=…, label=…)")
+                raise InputError(f"record {index} is a {type(record).__name__}, not a dict like dict(image=…, label=…)")
             # A copy: maps may change a record in place, and the object may hand out what it keeps.
             records[position] = dict(record)
-            if self._labelled is not None:
-                records[position]["labelled"] = self._labelled[index]
         return records
 
+    def example(self) -> Record:
+        return self.records([0])[0]
+
     def __repr__(self) -> str:
-        mask = "" if self._labelled is None else f", labelled={int(self._labelled.sum())}"
-        return f"Records({type(self._read).__name__}, {len(self)} examples, classes={self.classes}{mask})"
-
-
-def mask_of(labelled: float | np.ndarray, size: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
-    """``labelled`` as float32 0/1 ``[size]``: a fraction (at most so many, in proportion to ``groups``) or a mask."""
-    if np.ndim(labelled) == 0:
-        fraction = _check_fraction(labelled)
-        # The small addend keeps 0.1 * 10 from counting as less than 1 in floating point.
-        count = min(size, int(fraction * size + 1e-9))
-        groups = np.zeros(size, int) if groups is None or groups.ndim != 1 else groups
-        return choose(groups, count, check_seed(seed)).astype(np.float32)
-    mask = np.asarray(labelled)
-    if mask.shape != (size,):
-        raise InputError(f"labelled has shape {list(mask.shape)}: a fraction or a mask [{size}] is needed")
-    return (mask > 0).astype(np.float32)
-
-
-def _check_fraction(labelled: Any) -> float:
-    if isinstance(labelled, str) or not 0 <= labelled <= 1:
-        raise InputError(f"labelled={labelled!r}: must be a fraction from 0 to 1")
-    return float(labelled)
+        return f"Records({type(self._read).__name__}, {len(self)} examples, classes={self.classes})"
 
 
 def _columns(columns: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
