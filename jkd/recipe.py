@@ -69,15 +69,25 @@ class Models:
         batch: Any,
         *,
         group: str | None = None,
+        part: str = "",
         taps: tuple[str, ...] | None = None,
         train: bool = False,
         key: Array | None = None,
     ) -> tuple[Outputs, Models]:
-        """Runs a network on a batch with the weights of ``group`` (by default the group of the network's own name)."""
+        """Runs a network on a batch.
+
+        Args:
+            network: its name, or a Model of the recipe's own.
+            batch: the batch; the input of the part where ``part`` is given.
+            group: whose weights it runs with; by default the group of the network's own name.
+            part: path of a submodule to run alone, in evaluation mode (the teacher's head on the student's features).
+            taps: paths to capture; None for the recipe's own.
+            train, key: see `Model`.
+        """
         group = group if group is not None else network
         if not isinstance(group, str):
             raise TypeError("models.apply: say which group's weights a Model of your own runs with (group=…)")
-        outputs, buffers = self.call(network, group, self.params[group], self.buffers.get(group, {}), batch, taps, train, key)
+        outputs, buffers = self.call(self, network, group, part, batch, taps, train, key)
         return outputs, dataclasses.replace(self, buffers={**self.buffers, group: buffers})
 
     def student(self, batch: Batch, *, key: Array | None = None, train: bool = True, **options) -> tuple[Outputs, Models]:
@@ -145,6 +155,8 @@ class Recipe:
     needs_teacher: ClassVar[bool] = True
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "mechanism"
     """How far the implementation is held to the authors': their numbers, their formula, or the stated mechanism only."""
+    same_classes: ClassVar[bool] = True
+    """Whether teacher and student must have as many classes."""
     teacher_gradient: ClassVar[Literal["stop", "through"]] = "stop"
     """``through`` lets gradients pass frozen teacher layers on their way to the student."""
 

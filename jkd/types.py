@@ -73,6 +73,15 @@ class Outputs:
     def has_logits(self) -> bool:
         return self._logits is not None or (self.hidden is not None and self.head is not None)
 
+    @property
+    def logits_shape(self) -> tuple[int, ...]:
+        """``(..., classes)`` without computing the logits; also where the leaves are shapes only."""
+        if self._logits is not None:
+            return tuple(self._logits.shape)
+        if self.hidden is None or self.head is None:
+            raise AttributeError("these Outputs hold no logits (neither logits nor hidden and head)")
+        return (*self.hidden.shape[:-1], self.head.shape[-1])
+
     def replace(self, **changes: Any) -> Outputs:
         """A copy with some of the constructor's arguments changed."""
         fields = dict(logits=self._logits, hidden=self.hidden, head=self.head, heads=self.heads, taps=self.taps)
@@ -94,7 +103,9 @@ class Outputs:
 
         given = dict(logits=self._logits, hidden=self.hidden, head=self.head)
         parts = [f"{name}={shape(value)}" for name, value in given.items() if value is not None]
-        parts += [f"{name}={jax.tree.map(shape, value)}" for name, value in (("heads", self.heads), ("taps", self.taps)) if value]
+        parts += [
+            f"{name}={jax.tree.map(shape, value)}" for name, value in (("heads", self.heads), ("taps", self.taps)) if value
+        ]
         return f"Outputs({', '.join(parts)})"
 
 
@@ -120,7 +131,9 @@ class Preprocess:
         if self.size is not None and image.shape[-3:-1] != tuple(self.size):
             shape = (*image.shape[:-3], *self.size, image.shape[-1])
             image = jax.image.resize(image, shape, "bilinear").astype(image.dtype)
-        mean, std = (jnp.asarray(value, image.dtype) for value in (self.mean, self.std))
+        # As many axes as the image: silent rank promotion is an error under some users' settings (and in the tests).
+        leading = (1,) * (image.ndim - 1)
+        mean, std = (jnp.asarray(value, image.dtype).reshape(*leading, -1) for value in (self.mean, self.std))
         return (image - mean) / std
 
 
@@ -162,8 +175,19 @@ class Model:
         return not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((self.params, self.buffers)))
 
     def with_weights(self, params: Tree, buffers: Tree) -> Model:
-        """The same network holding these weights."""
-        return dataclasses.replace(self, params=params, buffers=buffers)
+        """The same network holding these weights (and so do its parts)."""
+
+        def submodule(path: str) -> Model:
+            return self.submodule(path).with_weights(subtree(params, path), subtree(buffers, path))
+
+        return dataclasses.replace(self, params=params, buffers=buffers, submodule=submodule)
+
+
+def subtree(tree: Tree, path: str) -> Tree:
+    """The part of a params or buffers tree that `Model.submodule` of ``module/path[:method]`` reads; ``{}`` where it has none."""
+    for part in filter(None, path.partition(":")[0].split("/")):
+        tree = tree.get(part, {})
+    return tree
 
 
 @jax.tree_util.register_dataclass

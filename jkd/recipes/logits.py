@@ -1,0 +1,136 @@
+"""Methods that read logits alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from jkd import losses, schedules
+from jkd.recipe import Recipe, label_weight
+from jkd.schedules import Schedule
+from jkd.types import Term
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Supervised(Recipe):
+    """Labels alone: cross-entropy of the labelled examples. The control of every comparison.
+
+    Args:
+        label_smoothing: mass spread over all classes.
+    """
+
+    label_smoothing: float = 0.0
+
+    citation: ClassVar[str] = "cross-entropy on labels (the control)"
+    family: ClassVar[str] = "baseline"
+    needs_teacher: ClassVar[bool] = False
+    evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        return {"task": task(student, batch, label_smoothing=self.label_smoothing)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KD(Recipe):
+    """Soft targets: ``task_weight * CE + weight * T² * KL(teacher_T || student_T)``, eq. 1-4 of the paper's section 2.
+
+    The two-weight form, the temperature and the weights are those of the CIFAR-100 benchmark (Tian et al., ICLR 2020, appendix):
+    T 4, 0.1 of the labels, 0.9 of the teacher. On ImageNet T 1 and 0.5 each.
+
+    Args:
+        temperature: T of both softmaxes; number or schedule.
+        weight: of the teacher's term; number or schedule.
+        task_weight: of the labels' term; 0 leaves it out.
+    """
+
+    temperature: float | Schedule = 4.0
+    weight: float | Schedule = 0.9
+    task_weight: float = 0.1
+
+    citation: ClassVar[str] = "Hinton, Vinyals & Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531"
+    family: ClassVar[str] = "logits"
+    evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "golden"
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        temperature = schedules.at(self.temperature, clock)
+        kd = losses.forward_kl(student.logits, teacher.logits, temperature=temperature)
+        return with_task(self.task_weight, student, batch) | {
+            "kd": Term(kd, batch["weight"], schedules.at(self.weight, clock))
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FunMatch(Recipe):
+    """Patient and consistent function matching: ``T² * KL(teacher_T || student_T)`` and no label, on views that both sides share.
+
+    The consistency is the run's: one crop and one mixup for both (``augment=(data.augment.Mixup(…),)``), many epochs.
+
+    Args:
+        temperature: T of both softmaxes; the authors' configs use 1.
+    """
+
+    temperature: float = 1.0
+
+    citation: ClassVar[str] = "Beyer et al., Knowledge distillation: a good teacher is patient and consistent, CVPR 2022"
+    family: ClassVar[str] = "logits"
+    evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        kd = losses.forward_kl(student.logits, teacher.logits, temperature=self.temperature)
+        return {"kd": Term(kd, batch["weight"])}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DKD(Recipe):
+    """Decoupled KD: ``CE + warm-up * T² (alpha * TCKD + beta * NCKD)``, eq. 7 of the paper.
+
+    TCKD compares the two masses target / not target, NCKD the distributions among the other classes. It needs the label, so both
+    terms are of the labelled examples.
+
+    Args:
+        alpha: weight of TCKD.
+        beta: weight of NCKD; 8 for ResNet32x4 -> ResNet8x4, else 0.5 to 6 (the paper's table A.1).
+        temperature: T; 4 on CIFAR-100, 1 on ImageNet.
+        warmup_epochs: epochs over which the distillation term grows to full weight; 20 on CIFAR-100, 1 on ImageNet.
+        task_weight: of the labels' term; 0 leaves it out.
+    """
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    temperature: float = 4.0
+    warmup_epochs: float = 20.0
+    task_weight: float = 1.0
+
+    citation: ClassVar[str] = "Zhao et al., Decoupled Knowledge Distillation, CVPR 2022"
+    family: ClassVar[str] = "logits"
+    evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "golden"
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        decoupled = losses.dkd(
+            student.logits,
+            teacher.logits,
+            hard_labels(batch),
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+        )
+        warm = schedules.Epochs(1.0, self.warmup_epochs)(clock) if self.warmup_epochs else 1.0
+        return with_task(self.task_weight, student, batch) | {"dkd": Term(decoupled, label_weight(batch), warm)}
+
+
+def task(student, batch, *, coef: float = 1.0, label_smoothing: float = 0.0) -> Term:
+    """The labels' term: cross-entropy of the labelled examples."""
+    return Term(
+        losses.cross_entropy(student.logits, batch["label"], label_smoothing=label_smoothing), label_weight(batch), coef
+    )
+
+
+def with_task(weight: float, student, batch) -> dict[str, Term]:
+    """``{"task": …}``, or nothing where its weight is 0 (the batch then needs no label)."""
+    return {"task": task(student, batch, coef=weight)} if weight else {}
+
+
+def hard_labels(batch):
+    """The batch's labels as integers; a mixed label's largest class."""
+    label = batch["label"]
+    return label if label.ndim == batch["weight"].ndim else label.argmax(-1)

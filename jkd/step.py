@@ -1,0 +1,400 @@
+"""The jitted step: teacher forward, student forward, terms, backward and update as one sharded program.
+
+`make_step` runs the recipe's updates in order; `_gradients` cuts the batch into microbatches; `_objective` turns terms into the
+number that is differentiated. All means are taken there: each term over its global weight sum, whatever the number of
+microbatches, devices and hosts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jkd import schedules, sharding, trees
+from jkd.config import StudentEma
+from jkd.context import Context, augment, explained, to_compute
+from jkd.errors import InputError
+from jkd.recipe import Models, Update, Vars
+from jkd.schedules import Clock
+from jkd.state import Frozen, State, state_shardings, trainable
+from jkd.types import Array, Batch, Model, Outputs, Term, Tree
+
+Metrics = dict[str, Array]
+
+
+def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Metrics]]:
+    """``step(state, frozen, batch) -> (state, metrics)``, jitted; the state that goes in is donated.
+
+    ``batch`` is global (`sharding.put_batch`). Metrics are float32 scalars: ``loss``, ``gradient_norm``, ``learning_rate``, and
+    for each term ``term/name`` (its mean), ``coef/name`` and ``share/name`` (of the summed magnitudes of ``coef * mean``). What
+    belongs to an update that did not run at this step (`Update.every`) is 0 and its ``coef`` too.
+    """
+
+    def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Metrics]:
+        clock, key = ctx.clock(state.step), step_key(state)
+        batch = augmented(ctx, batch, key)
+        start, terms, norms = state, {}, []
+        for place, update in enumerate(ctx.updates):
+
+            def run(state: State, update=update, key=jax.random.fold_in(key, place + 1)):
+                return _update(ctx, update, state, start, frozen, batch, clock, key)
+
+            if update.every == 1:
+                state, means, norm = run(state)
+            else:
+                idle = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state)[1:])
+                runs = start.step % update.every == 0
+                state, means, norm = jax.lax.cond(runs, run, lambda state, idle=idle: (state, *idle), state)
+            terms |= {f"{update.name}.{name}" if update.name else name: mean for name, mean in means.items()}
+            norms.append(norm)
+        state = dataclasses.replace(state, step=start.step + 1, ema=_average(ctx, state, clock))
+        return state, _report(ctx, terms, norms, clock)
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(ctx), None))
+
+
+def make_eval_step(ctx: Context, measure: Callable[..., Tree], *, ema: bool = False) -> Callable[[State, Frozen, Batch], Tree]:
+    """``eval_step(state, frozen, batch) -> measure(student, teacher, batch)``, jitted, for the product that the recipe deploys.
+
+    Args:
+        measure: takes the Outputs of the product and of the teacher (None without one) and the batch.
+        ema: whether the average stands in the student's place.
+    """
+
+    def eval_step(state: State, frozen: Frozen, batch: Batch) -> Tree:
+        models = models_of(ctx, state, frozen, ema=ema)
+        product = ctx.recipe.deploy(models)
+        batch = sharding.constrain_batch(batch, ctx.mesh)
+        student, _ = product.apply(to_compute(ctx.run, product.params), product.buffers, to_compute(ctx.run, batch))
+        has_teacher = "teacher" in models.networks and not (ctx.teacher is not None and not ctx.params["teacher"])
+        teacher = models.teacher(batch, taps=()) if has_teacher else None
+        return measure(student, teacher, batch)
+
+    return jax.jit(eval_step)
+
+
+def make_term_gradients(ctx: Context) -> Callable[[State, Frozen, Batch], Metrics]:
+    """``f(state, frozen, batch) -> {"norm/term": …, "cosine/term": …}``: each term's gradient by itself, jitted.
+
+    ``norm`` is of the gradient of ``coef * mean`` over the first update's groups; ``cosine`` is to the gradient of the term
+    called ``task``, over the parameters of the student, where there is such a term.
+    """
+
+    def gradients(state: State, frozen: Frozen, batch: Batch) -> Metrics:
+        clock, key = ctx.clock(state.step), step_key(state)
+        update = ctx.updates[0]
+        batch = augmented(ctx, batch, key)
+        moving, rest = _partition(ctx, update, state.params)
+
+        def one(name: str | None):
+            def objective(moving):
+                models = _models(ctx, dataclasses.replace(state, params=_join(moving, rest)), frozen, clock)
+                loss, (means, *_) = _objective(ctx, update, models, batch, jax.random.fold_in(key, 1), None, only=name)
+                return loss, means
+
+            return jax.grad(objective, has_aux=True)(moving)
+
+        names = sorted(jax.eval_shape(lambda: one(None))[1])
+        found = {name: one(name)[0] for name in names}
+        metrics = {f"norm/{name}": optax.global_norm(gradient) for name, gradient in found.items()}
+        if "task" in found and "student" in (update.groups or ()):
+            task = found["task"]["student"]
+            for name in names:
+                if name != "task":
+                    metrics[f"cosine/{name}"] = _cosine(found[name]["student"], task)
+        return metrics
+
+    return jax.jit(gradients)
+
+
+def make_prepare(ctx: Context) -> tuple[Callable[[State, Frozen, Batch, Array], Batch], bool] | None:
+    """The recipe's `Recipe.prepare` as ``prepare(state, frozen, batch, step) -> batch``, jitted, and whether it may run ahead.
+
+    It may where it reads nothing of the state that training changes: then batch n+1 is prepared while step n runs. None where the
+    recipe prepares nothing.
+    """
+    from jkd.recipe import Recipe
+
+    if type(ctx.recipe).prepare is Recipe.prepare:
+        return None
+
+    def prepare(state: State, frozen: Frozen, batch: Batch, step: Array) -> Batch:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), step), 0x70726570)
+        models = _models(ctx, state, frozen, ctx.clock(step))
+        return ctx.recipe.prepare(models, sharding.constrain_batch(batch, ctx.mesh), key)
+
+    return jax.jit(prepare), not _reads_training(ctx, prepare)
+
+
+def step_key(state: State) -> Array:
+    """The key of the step that comes next."""
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+
+def augmented(ctx: Context, batch: Batch, key: Array) -> Batch:
+    """The global batch as the step with this key sees it."""
+    return sharding.constrain_batch(augment(ctx.run, sharding.constrain_batch(batch, ctx.mesh), key), ctx.mesh)
+
+
+def models_of(ctx: Context, state: State, frozen: Frozen, *, ema: bool = False) -> Models:
+    """The networks with the weights of a state; with ``ema``, averaged groups in place of the trained ones."""
+    if ema:
+        average = {group: tree["params"] for group, tree in state.ema.items()}
+        buffers = {group: tree["buffers"] for group, tree in state.ema.items() if group in state.buffers}
+        state = dataclasses.replace(state, params={**state.params, **average}, buffers={**state.buffers, **buffers})
+    return _models(ctx, state, frozen, ctx.clock(state.step))
+
+
+def _models(ctx: Context, state: State, frozen: Frozen, clock: Clock) -> Models:
+    params = {**frozen["params"], **state.params}
+    buffers = {**frozen["buffers"], **state.buffers}
+    if isinstance(ctx.run.teacher, StudentEma):
+        params["teacher"], buffers["teacher"] = state.ema["student"]["params"], state.ema["student"]["buffers"]
+
+    def virtual_update(group: str, current: Tree, gradients: Tree) -> Tree:
+        return _moved(ctx, group, current, trainable(ctx, group, gradients)[0], state.optimizer[group])[0]
+
+    return Models(ctx.networks, params, buffers, state.memory, clock, lambda *args: _call(ctx, *args), virtual_update)
+
+
+def _call(
+    ctx: Context, models: Models, network: str | Model, group: str, part: str, batch: Any, taps: Any, train: bool, key: Any
+) -> tuple[Outputs, Tree]:
+    """Runs a network: weights cast and gathered at use, the student rematerialised, a stopped teacher stopped."""
+    side = network if isinstance(network, str) else ""
+    model = ctx.networks[side] if side else network
+    own = {"student": ctx.recipe.student_taps, "teacher": ctx.recipe.teacher_taps}
+    taps = own.get(side, ()) if taps is None and not part else taps or ()
+    specs = ctx.specs["student" if group == "teacher" and isinstance(ctx.run.teacher, StudentEma) else group]
+    params, buffers = models.params[group], models.buffers.get(group, {})
+    if part:
+        model, params, specs = model.submodule(part), trees.subtree(params, part), trees.subtree(specs, part)  # type: ignore[union-attr]
+        buffers = trees.subtree(buffers, part) if _has(buffers, part) else {}
+    if not isinstance(model, Model):
+        raise InputError(f"models.apply: no network {network!r}")
+
+    def run(params: Tree, buffers: Tree, batch: Any) -> tuple[Outputs, Tree]:
+        params = sharding.at_use(params, specs, ctx.mesh, jnp.dtype(ctx.run.compute_dtype))
+        outputs, new = model.apply(params, buffers, to_compute(ctx.run, batch), taps=taps, train=train, key=key)
+        return outputs, jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), new, buffers)
+
+    if ctx.run.remat is not None and train:
+        run = jax.checkpoint(run, policy=ctx.run.remat)  # gathers again in the backward pass rather than keep whole weights
+    outputs, buffers = run(params, buffers, batch)
+    if side == "teacher" and ctx.recipe.teacher_gradient == "stop" and "teacher" not in ctx.groups:
+        outputs = jax.lax.stop_gradient(outputs)
+    return outputs, models.buffers.get(group, {}) if part else buffers
+
+
+def _has(tree: Tree, path: str) -> bool:
+    return any(leaf == path or leaf.startswith(f"{path}/") for leaf in trees.flatten(tree)) if tree else False
+
+
+def _update(
+    ctx: Context, update: Update, state: State, start: State, frozen: Frozen, batch: Batch, clock: Clock, key: Array
+) -> tuple[State, dict[str, Metrics], Array]:
+    """One update: gradients of its groups, the optimizers' steps, and what the recipe remembers."""
+    seen = dataclasses.replace(state, memory=start.memory)  # as it stood at the step's start
+    gradients, means, buffers, observed = _gradients(ctx, update, seen, frozen, batch, clock, key)
+    params, optimizer = dict(state.params), dict(state.optimizer)
+    for group, gradient in gradients.items():
+        params[group], optimizer[group] = _moved(ctx, group, params[group], gradient, optimizer[group])
+    terms = {name: mean["term"] for name, mean in means.items()}
+    memory = update.remember(state.memory, observed, batch, terms=terms, clock=clock, key=jax.random.fold_in(key, 1))  # type: ignore[misc]
+    moved = dataclasses.replace(
+        state, params=params, optimizer=optimizer, buffers=buffers, memory=_same_kind(ctx, memory, state.memory)
+    )
+    return moved, means, optax.global_norm(gradients)
+
+
+def _moved(ctx: Context, group: str, params: Tree, gradient: Tree, optimizer: Any) -> tuple[Tree, Any]:
+    moving, rest = trainable(ctx, group, params)
+    change, optimizer = ctx.optimizer(group).update(gradient, optimizer, moving)
+    return trees.merge(optax.apply_updates(moving, change), rest), optimizer
+
+
+def _gradients(
+    ctx: Context, update: Update, state: State, frozen: Frozen, batch: Batch, clock: Clock, key: Array
+) -> tuple[Tree, dict[str, Metrics], dict[str, Tree], Tree]:
+    """``(gradients, means, buffers, observed)`` of an update over the whole batch, in as many pieces as the run says."""
+    moving, rest = _partition(ctx, update, state.params)
+    count = ctx.run.microbatches
+
+    def objective(moving: Tree, buffers: Tree, batch: Batch, key: Array, totals: Any):
+        params = _join(moving, rest)
+        models = _models(ctx, dataclasses.replace(state, params=params, buffers=buffers), frozen, clock)
+        return _objective(ctx, update, models, batch, key, totals)
+
+    differentiate = jax.grad(objective, has_aux=True)
+    if count == 1:
+        gradients, (means, _, buffers, observed) = differentiate(moving, state.buffers, batch, key, None)
+        return _stored(ctx, gradients), means, buffers, observed
+
+    pieces = jax.tree.map(lambda rows: _cut(rows, count), batch)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+
+    def weigh(buffers: Tree, piece: tuple[Batch, Array]):
+        # Weights rarely depend on a forward pass; where they do not, XLA drops the passes from this scan.
+        _, (_, totals, buffers, _) = objective(moving, buffers, *piece, None)
+        return buffers, totals
+
+    totals = jax.tree.map(lambda sums: sums.sum(0), jax.lax.scan(weigh, state.buffers, (pieces, keys))[1])
+
+    def accumulate(carry, piece: tuple[Batch, Array]):
+        gradients, buffers = carry
+        more, (means, _, buffers, observed) = differentiate(moving, buffers, *piece, totals)
+        return (_stored(ctx, jax.tree.map(jnp.add, gradients, more)), buffers), (means, observed)
+
+    zeros = _stored(ctx, jax.tree.map(jnp.zeros_like, moving))
+    (gradients, buffers), (means, observed) = jax.lax.scan(accumulate, (zeros, state.buffers), (pieces, keys))
+    means = {name: {"term": mean["term"].sum(0), "coef": mean["coef"][-1]} for name, mean in means.items()}
+    return gradients, means, buffers, jax.tree.map(_joined, observed)
+
+
+def _cut(rows: Array, count: int) -> Array:
+    # Row i goes to piece i % count: cutting into runs of rows instead would make every device compute every row.
+    return rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1)
+
+
+def _joined(pieces: Array) -> Array:
+    return pieces.swapaxes(0, 1).reshape(-1, *pieces.shape[2:])
+
+
+def _objective(
+    ctx: Context, update: Update, models: Models, batch: Batch, key: Array, totals: Mapping[str, Array] | None, only: str | None = None
+):
+    """``(loss, (means, totals, buffers, observed))`` of a piece of the batch.
+
+    ``totals`` are the global weight sums; None takes the piece's own, which then is the whole. With them, means and loss are the
+    piece's share, so that shares add up. ``only`` leaves the other terms out of the loss.
+    """
+    key_forward, key_terms = jax.random.split(key)
+    with explained(f"{type(ctx.recipe).__name__}.forward"):
+        student, teacher, models = update.forward(models, batch, key_forward)  # type: ignore[misc]
+    networks = {*models.networks, *models.buffers}
+    own = {
+        group: tree if group in networks else sharding.at_use(tree, ctx.specs[group], ctx.mesh)
+        for group, tree in models.params.items()
+    }
+    vars = Vars(params=own, memory=models.memory, buffers=dict(models.buffers))
+    with explained(f"{type(ctx.recipe).__name__}.terms"):
+        terms = update.terms(vars, student, teacher, batch, clock=models.clock, key=key_terms)  # type: ignore[misc]
+    sums = {name: _sums(name, term) for name, term in terms.items()}
+    observed = jax.lax.stop_gradient(update.observe(vars, student, teacher, batch))  # type: ignore[misc]
+    _check_observed(ctx, observed, batch)
+    weights = {name: weight for name, (_, weight) in sums.items()}
+    totals = weights if totals is None else totals
+    loss, means = jnp.float32(0), {}
+    for name, (total, _) in sums.items():
+        weight = totals[name]
+        mean = jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+        coef = jnp.asarray(terms[name].coef, jnp.float32)
+        means[name] = {"term": jax.lax.stop_gradient(mean), "coef": jax.lax.stop_gradient(coef)}
+        if only is None or only == name:
+            loss = loss + coef * mean
+    buffers = {group: models.buffers[group] for group in models.buffers if group in ctx.groups}
+    return loss, (means, weights, buffers, observed)
+
+
+def _sums(name: str, term: Term) -> tuple[Array, Array]:
+    """``(sum of values * weight, sum of weight)``; trailing axes of the values beyond the weight's are averaged."""
+    values, weight = jnp.asarray(term.values, jnp.float32), jax.lax.stop_gradient(jnp.asarray(term.weight, jnp.float32))
+    if weight.ndim == 0 or values.shape[: weight.ndim] != weight.shape:
+        raise InputError(
+            f"term {name!r}: values {values.shape} do not begin with the weight's shape {weight.shape}; hand over what the loss "
+            "returned, unreduced"
+        )
+    values = values.mean(tuple(range(weight.ndim, values.ndim)))
+    # Rows of weight 0 are padding and may hold anything; 0 * nan would reach the sum.
+    return jnp.sum(jnp.where(weight == 0, 0, values) * weight), jnp.sum(weight)
+
+
+def _check_observed(ctx: Context, observed: Tree, batch: Batch) -> None:
+    rows = batch["weight"].shape[0]
+    for leaf in jax.tree.leaves(observed):
+        if leaf.ndim == 0 or leaf.shape[0] != rows:
+            raise InputError(
+                f"{type(ctx.recipe).__name__}.observe: a leaf has shape {leaf.shape}; give one row for each of the {rows} examples"
+            )
+
+
+def _same_kind(ctx: Context, memory: Tree, before: Tree) -> Tree:
+    """The new memory, if it has the shapes, dtypes and structure of the old: a step that changed them would compile again."""
+    new, old = (jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree) for tree in (memory, before))
+    if jax.tree.structure(new) != jax.tree.structure(old) or jax.tree.leaves(new) != jax.tree.leaves(old):
+        raise InputError(f"{type(ctx.recipe).__name__}.remember changed the memory from {old} to {new}")
+    return memory
+
+
+def _partition(ctx: Context, update: Update, params: Mapping[str, Tree]) -> tuple[Tree, Tree]:
+    """The leaves that an update differentiates, and all others, each by group."""
+    halves = {group: trainable(ctx, group, tree) for group, tree in params.items()}
+    moving = {group: halves[group][0] for group in update.groups or ()}
+    rest = {group: tree if group not in moving else halves[group][1] for group, tree in params.items()}
+    return moving, rest
+
+
+def _join(moving: Tree, rest: Tree) -> dict[str, Tree]:
+    return {group: trees.merge(moving[group], tree) if group in moving else tree for group, tree in rest.items()}
+
+
+def _stored(ctx: Context, gradients: Tree) -> Tree:
+    """Gradients in the places of their parameters, so that sums over devices are scattered rather than repeated."""
+    places = {group: trainable(ctx, group, ctx.specs[group])[0] for group in gradients}
+    return jax.tree.map(jax.lax.with_sharding_constraint, gradients, sharding.shardings(places, ctx.mesh))
+
+
+def _average(ctx: Context, state: State, clock: Clock) -> dict[str, Tree]:
+    if ctx.run.ema is None:
+        return state.ema
+    decay = schedules.at(ctx.run.ema.decay, clock)
+    if ctx.run.ema.warmup:
+        decay = jnp.minimum(decay, 1 - 1 / (jnp.asarray(clock.step, jnp.float32) + 1))
+
+    def blend(old: Array, new: Array) -> Array:
+        if not jnp.issubdtype(old.dtype, jnp.floating):
+            return new
+        return (decay * old + (1 - decay) * new).astype(old.dtype)
+
+    now = {group: {"params": state.params[group], "buffers": state.buffers.get(group, {})} for group in state.ema}
+    return jax.tree.map(blend, state.ema, now)
+
+
+def _report(ctx: Context, terms: dict[str, Metrics], norms: list[Array], clock: Clock) -> Metrics:
+    parts = {name: mean["coef"] * mean["term"] for name, mean in terms.items()}
+    size = sum((jnp.abs(part) for part in parts.values()), jnp.float32(0))
+    metrics = {
+        "loss": sum(parts.values(), jnp.float32(0)),
+        "gradient_norm": jnp.sqrt(sum((norm**2 for norm in norms), jnp.float32(0))),
+        "learning_rate": schedules.at(ctx.optimizer_config("student").learning_rate, clock),
+    }
+    for name, mean in terms.items():
+        metrics[f"term/{name}"] = mean["term"]
+        metrics[f"coef/{name}"] = mean["coef"]
+        metrics[f"share/{name}"] = jnp.where(size > 0, jnp.abs(parts[name]) / jnp.where(size > 0, size, 1), 0)
+    return metrics
+
+
+def _cosine(first: Tree, second: Tree) -> Array:
+    dot = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    size = optax.global_norm(first) * optax.global_norm(second)
+    return jnp.where(size > 0, dot / jnp.where(size > 0, size, 1), 0)
+
+
+def _reads_training(ctx: Context, prepare: Callable[..., Batch]) -> bool:
+    """Whether a prepare function reads parameters, averages, memory or anything else that a step changes (the key does not)."""
+    from jkd.state import frozen_shapes, state_shapes
+
+    state = state_shapes(ctx)
+    args = (state, frozen_shapes(ctx), ctx.raw_batch, jax.ShapeDtypeStruct((), jnp.int32))
+    jaxpr = jax.make_jaxpr(prepare)(*args).jaxpr
+    used = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return any(
+        id(var) in used and getattr(keys[0], "name", "") != "key" for (keys, _), var in zip(leaves, jaxpr.invars, strict=False)
+    )
