@@ -10,6 +10,7 @@ TinyBERT leave it out: ``coef = 1 / temperature**2`` makes a term equal to their
 
 from __future__ import annotations
 
+from jkd.losses.activations import activation_boundary, overhaul
 from jkd.losses.decoupled import dkd
 from jkd.losses.divergences import (
     cross_entropy,
@@ -21,6 +22,14 @@ from jkd.losses.divergences import (
     skew_reverse_kl,
     soft_cross_entropy,
     total_variation,
+)
+from jkd.losses.features import (
+    cosine_distance,
+    hierarchical_context,
+    masked_generative,
+    mse,
+    pearson_distance,
+    variational_information,
 )
 from jkd.losses.logits import adaptive_kl, alpha_beta, logit_mse
 
@@ -40,4 +49,13 @@ __all__ = [
     "logit_mse",
     # decoupled
     "dkd",
+    # features
+    "mse",
+    "cosine_distance",
+    "pearson_distance",
+    "variational_information",
+    "masked_generative",
+    "hierarchical_context",
+    "activation_boundary",
+    "overhaul",
 ]
