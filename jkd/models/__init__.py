@@ -1,0 +1,10 @@
+"""Networks (`resnet`, `vit`, `mlp`), and adapters that make a Model of any other one without changing it."""
+
+from jkd.models import mlp as mlp
+from jkd.models import resnet as resnet
+from jkd.models import vit as vit
+from jkd.models.adapt import from_function as from_function
+from jkd.models.adapt_linen import from_linen as from_linen
+from jkd.models.adapt_nnx import from_nnx as from_nnx
+from jkd.models.compose import ensemble as ensemble
+from jkd.models.compose import prepared as prepared

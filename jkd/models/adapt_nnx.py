@@ -1,0 +1,171 @@
+"""Any Flax NNX module, unmodified, as a Model: its Variables become plain trees, its random streams are rebuilt from a key."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jkd.errors import InputError, nearest
+from jkd.models import taps as tap
+from jkd.models.adapt import MODES, Inputs, arguments, mode_arguments, read_batch, shapes_of, to_outputs, typed_key
+from jkd.models.nnx_capture import calls, recording
+from jkd.models.nnx_network import Network
+from jkd.types import Model, Outputs, Preprocess, subtree
+
+
+def from_nnx(
+    module: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
+    *,
+    inputs: Inputs | None = None,
+    output: Callable[[Any], Outputs] | None = None,
+    preprocess: Preprocess | None = None,
+    name: str | None = None,
+    couples_batch: bool | None = None,
+) -> Model:
+    """A Model from an NNX module that knows nothing of jkd.
+
+    ``params`` are the values of its ``nnx.Param``, ``buffers`` those of all other Variables (``BatchStat``, …) and bare arrays,
+    both as nested dicts whose keys are attribute names and list positions (``params["blocks"]["0"]["kernel"]``). Random streams
+    (``nnx.Rngs``, the one inside ``nnx.Dropout``) are in neither: ``apply`` rebuilds them from its ``key``. The module that was
+    passed is never changed, and its parameters are not copied.
+
+    ``train`` sets the mode attributes (``deterministic``, ``use_running_average``, ``training``, …) of all its modules, and is
+    passed to ``__call__`` where that takes ``train``, ``deterministic`` or the like. With ``train=False`` buffers come back
+    unchanged.
+
+    Args:
+        module: an instance, whose weights the Model then holds; or a constructor, called as ``constructor(rngs)`` (by keyword
+            where its parameter is called ``rngs``), so that ``jit(model.init, out_shardings=…)`` creates parameters sharded.
+        inputs: ``batch -> call arguments`` (a tuple is positional, a dict keyword arguments); default: the preprocessed
+            ``batch["image"]``, else ``batch["tokens"]``.
+        output: ``result -> Outputs``; default: an array is logits, `Outputs` stay.
+        preprocess: how the module wants its images; None: as float 0..1.
+        name: for tables and messages; default: the class's name.
+        couples_batch: default: whether it holds an ``nnx.BatchStat``.
+
+    Raises:
+        InputError: neither a module nor a constructor of one.
+    """
+    construct: Callable[[nnx.Rngs], nnx.Module] | None = None
+    if not isinstance(module, nnx.Module):
+        construct = _constructor(module)
+    # Annotations for flax's own eager sharding would demand a mesh here; placing arrays is the engine's part.
+    with nnx.use_eager_sharding(False):
+        sample = module if construct is None else nnx.eval_shape(lambda: construct(nnx.Rngs(0)))
+    if not isinstance(sample, nnx.Module):
+        raise InputError(f"from_nnx: the constructor gave {type(sample).__name__}; it must return an nnx.Module")
+    network = Network.of(sample)
+
+    def init(key):
+        if construct is None:
+            return weights
+        with nnx.use_eager_sharding(False):
+            return network.split(construct(nnx.Rngs(typed_key(key))))
+
+    weights = network.split(sample)
+    return _model(
+        network,
+        weights,
+        init,
+        read=functools.partial(read_batch, inputs=inputs, preprocess=preprocess),
+        output=output,
+        preprocess=preprocess,
+        title=name or type(sample).__name__,
+        couples_batch=couples_batch,
+    )
+
+
+def _constructor(module: Any) -> Callable[[nnx.Rngs], nnx.Module]:
+    if not callable(module) or hasattr(module, "init_with_output"):
+        hint = "; pass Linen modules to from_linen" if hasattr(module, "init_with_output") else ""
+        raise InputError(f"from_nnx: {type(module).__name__} is neither an nnx.Module nor a constructor of one{hint}")
+    if "rngs" in inspect.signature(module).parameters:
+        return lambda rngs: module(rngs=rngs)
+    return module
+
+
+def _model(network: Network, weights, init, *, read, output, preprocess, title, couples_batch, method=tap.CALL) -> Model:
+    def run(params, buffers, batch, wanted: dict[str, set[str]] | None, train, key):
+        if key is None and train and network.random:
+            raise InputError(f"{title}: apply(train=True) needs key=, because the model draws random numbers (dropout)")
+        key = jax.random.key(0) if key is None else typed_key(key)
+        module = network.build(params, buffers, key)
+        _set_mode(module, train)
+        args, kwargs = read(batch)
+        kwargs |= mode_arguments(getattr(type(module), method), train, kwargs)
+        with recording(module, wanted):
+            # Always under capture: a module that sows would otherwise warn, and change its own structure.
+            call = nnx.capture(lambda module: getattr(module, method)(*args, **kwargs), nnx.Intermediate)
+            result, captured = call(module)
+        new = network.updated(module, buffers) if train else buffers
+        return result, calls(captured), new
+
+    def apply(params, buffers, batch, *, taps=(), train=False, key=None):
+        wanted = [tap.parse(text) for text in taps]
+        methods: dict[str, set[str]] = {}
+        for one in wanted:
+            methods.setdefault(one.path, set()).add(one.method)
+        result, captured, buffers = run(params, buffers, batch, methods, train, key)
+        outputs = to_outputs(result, output, title)
+        found = tap.select(wanted, captured, lambda: paths(shapes_of(batch)), model=title)
+        return outputs.replace(taps={**outputs.taps, **found}), buffers
+
+    def paths(batch):
+        captured = jax.eval_shape(lambda p, b, x: run(p, b, x, None, False, None)[1], *weights, batch)
+        return tap.shapes(captured)
+
+    def submodule(path):
+        part, method = _part(network, path, title)
+        cut = lambda trees: tuple(subtree(tree, path) for tree in trees)  # noqa: E731
+        return _model(
+            part,
+            cut(weights),
+            lambda key: cut(init(key)),
+            read=arguments,
+            output=None,
+            preprocess=None,
+            title=f"{title}/{path}",
+            couples_batch=None,
+            method=method,
+        )
+
+    return Model(
+        init=init,
+        apply=apply,
+        params=weights[0],
+        buffers=weights[1],
+        paths=paths,
+        submodule=submodule,
+        preprocess=preprocess,
+        couples_batch=network.batch_statistics if couples_batch is None else couples_batch,
+        name=title,
+    )
+
+
+def _part(network: Network, path: str, title: str) -> tuple[Network, str]:
+    where = tap.parse(path)
+    modules = {"/".join(map(str, at)): module for at, module in nnx.iter_modules(network.shapes()) if at}
+    if where.path not in modules or where.call is not None or where.layer is not None:
+        raise InputError(f"submodule({path!r}): {title} has no such module{nearest(where.path, modules)}")
+    module = modules[where.path]
+    if not callable(getattr(module, where.method, None)):
+        raise InputError(f"submodule({path!r}): {type(module).__name__} has no method {where.method!r}")
+    part = Network.of(module)
+    within = tuple(where.path.split("/"))
+    for kind, names in part.names.items():
+        if missing := {within + name for name in names} - network.names[kind]:
+            shared = "/".join(min(missing))
+            raise InputError(f"submodule({path!r}): {shared!r} is shared with another part of {title}, so it can't be cut out")
+    return part, where.method
+
+
+def _set_mode(module: nnx.Module, train: bool) -> None:
+    for _, part in nnx.iter_modules(module):
+        for name, when_training in MODES.items():
+            if name in vars(part) and isinstance(vars(part)[name], bool | None):
+                setattr(part, name, when_training == train)

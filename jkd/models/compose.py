@@ -1,0 +1,112 @@
+"""Models made of other models, or of answers that are already there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jkd.errors import InputError
+from jkd.models.adapt import own_taps
+from jkd.types import Model, Outputs
+
+
+def ensemble(models: Sequence[Model], *, mean: Literal["probabilities", "logits"] = "probabilities") -> Model:
+    """Several models as one teacher.
+
+    ``logits`` ``[..., classes]`` are the logarithm of the mean of the members' probabilities, in float32, or the mean of
+    their logits. ``params`` and ``buffers`` are the members', under ``"0"``, ``"1"``, …; member 1's taps and parts are
+    ``1/path``. Each member applies its own ``preprocess``. Heads are left out.
+
+    Args:
+        models: the members.
+        mean: what is averaged.
+
+    Raises:
+        InputError: no members, another ``mean``, a path that does not begin with a member's number, other numbers of classes.
+    """
+    if not models:
+        raise InputError("ensemble(models=[]): give at least one model")
+    if mean not in ("probabilities", "logits"):
+        raise InputError(f"ensemble(mean={mean!r}): choose 'probabilities' or 'logits'")
+    members = {str(number): model for number, model in enumerate(models)}
+    title = f"ensemble of {len(members)}"
+
+    def init(key):
+        made = {name: model.init(jax.random.fold_in(key, int(name))) for name, model in members.items()}
+        return {name: one[0] for name, one in made.items()}, {name: one[1] for name, one in made.items()}
+
+    def member(path: str, what: str) -> tuple[str, str]:
+        first, _, rest = path.partition("/")
+        if first not in members:
+            raise InputError(f"{what} {path!r}: begin with the number of a member, 0 to {len(members) - 1}, as in '0/{path}'")
+        return first, rest
+
+    def apply(params, buffers, batch, *, taps=(), train=False, key=None):
+        wanted: dict[str, list[str]] = {name: [] for name in members}
+        for text in taps:
+            name, rest = member(text, "tap")
+            wanted[name].append(rest)
+        logits, captured, new = [], dict[str, Any](), {}
+        for name, model in members.items():
+            own = None if key is None else jax.random.fold_in(key, int(name))
+            outputs, new[name] = model.apply(params[name], buffers[name], batch, taps=tuple(wanted[name]), train=train, key=own)
+            logits.append(outputs.logits)
+            captured |= {f"{name}/{text}": outputs.taps[text] for text in wanted[name]}
+        if len({answer.shape for answer in logits}) > 1:
+            raise InputError(f"{title}: the members' logits differ in shape: {[answer.shape for answer in logits]}")
+        stacked = jnp.stack(logits)
+        if mean == "probabilities":
+            stacked = stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32))
+            answer = jax.nn.logsumexp(jax.nn.log_softmax(stacked), axis=0) - jnp.log(float(len(members))).astype(stacked.dtype)
+        else:
+            answer = stacked.mean(0)
+        return Outputs(answer, taps=captured), new
+
+    def submodule(path):
+        name, rest = member(path, "submodule")
+        return members[name].submodule(rest) if rest else members[name]
+
+    return Model(
+        init=init,
+        apply=apply,
+        params={name: model.params for name, model in members.items()},
+        buffers={name: model.buffers for name, model in members.items()},
+        paths=lambda batch: {f"{name}/{path}": s for name, model in members.items() for path, s in model.paths(batch).items()},
+        submodule=submodule,
+        couples_batch=any(model.couples_batch for model in members.values()),
+        name=title,
+    )
+
+
+def prepared() -> Model:
+    """A teacher whose answers come with the batch: ``batch["teacher"]``, an `Outputs` (a cache, a rollout, a remote teacher).
+
+    It has no parameters. What can be tapped is what those Outputs hold in ``taps``.
+
+    Raises:
+        InputError: a batch without ``teacher``, or with something else there; a tap that it does not hold.
+    """
+
+    def read(batch) -> Outputs:
+        if not isinstance(answer := batch.get("teacher"), Outputs):
+            found = "is missing" if answer is None else f"is {type(answer).__name__}, not jkd.Outputs"
+            raise InputError(
+                f"batch['teacher'] {found}; this teacher's answers must be prepared (by a cache, or by recipe.prepare)"
+            )
+        return answer
+
+    def apply(params, buffers, batch, *, taps=(), train=False, key=None):
+        answer = read(batch)
+        return answer.replace(taps=own_taps(answer, taps, model="the prepared teacher")), buffers
+
+    return Model(
+        init=lambda key: ({}, {}),
+        apply=apply,
+        params={},
+        buffers={},
+        paths=lambda batch: jax.eval_shape(lambda taps: dict(taps), read(batch).taps),
+        name="prepared answers",
+    )
