@@ -15,10 +15,12 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Bool, Float, Int, Key, Real
 
     Array = jax.Array | np.ndarray
+    Number = float | int
+    """A Python number, where a formula is chosen or an array sized by it."""
     Scalar = float | int | Real[Array, ""]
     PerPosition = float | int | Real[Array, "..."]
     """A scalar, or one value for each position (all axes of the logits but the last)."""
 else:
-    Array = Bool = Float = Int = Key = Real = Scalar = PerPosition = Any
+    Array = Bool = Float = Int = Key = Number = Real = Scalar = PerPosition = Any
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "PerPosition", "Real", "Scalar"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Number", "PerPosition", "Real", "Scalar"]

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from jkd.losses._common import check_classes, kl, log_softmax, promote
-from jkd.losses._typing import Array, Float, PerPosition, Real
+from jkd.losses._typing import Array, Float, Number, PerPosition, Real, Scalar
 
 
 def alpha_beta(
     student_logits: Real[Array, "*batch classes"],
     teacher_logits: Real[Array, "*batch classes"],
     *,
-    alpha: float = 0.5,
-    beta: float = 0.5,
+    alpha: Number = 0.5,
+    beta: Number = 0.5,
     temperature: PerPosition = 1.0,
 ) -> Float[Array, "*batch"]:
     """``T² sum_c [p^(a+b) / (b (a+b)) + q^(a+b) / (a (a+b)) - p^a q^b / (a b)]``, with its limits at a, b or a+b = 0.
@@ -71,7 +71,7 @@ def adaptive_kl(
     student_logits: Real[Array, "*batch classes"],
     teacher_logits: Real[Array, "*batch classes"],
     *,
-    mu: float = 0.5,
+    mu: Scalar = 0.5,
     temperature: PerPosition = 1.0,
 ) -> Float[Array, "*batch"]:
     """``T² (g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t)``, g the gap sum |p - q| over the teacher's head and tail.
