@@ -32,6 +32,14 @@ from jkd.losses.features import (
     variational_information,
 )
 from jkd.losses.logits import adaptive_kl, alpha_beta, logit_mse
+from jkd.losses.maps import (
+    attention_transfer,
+    channel_wise,
+    class_attention,
+    factor_transfer,
+    fsp,
+    neuron_selectivity,
+)
 
 __all__ = [
     # divergences
@@ -58,4 +66,10 @@ __all__ = [
     "hierarchical_context",
     "activation_boundary",
     "overhaul",
+    "attention_transfer",
+    "factor_transfer",
+    "neuron_selectivity",
+    "channel_wise",
+    "class_attention",
+    "fsp",
 ]
