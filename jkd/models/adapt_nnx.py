@@ -13,7 +13,7 @@ from flax import nnx
 from jkd.errors import InputError, nearest
 from jkd.models import taps as tap
 from jkd.models.adapt import MODES, Inputs, arguments, mode_arguments, read_batch, shapes_of, to_outputs, typed_key
-from jkd.models.nnx_capture import calls, recording
+from jkd.models.nnx_capture import calls, everything, methods, recording
 from jkd.models.nnx_network import Network
 from jkd.types import Model, Outputs, Preprocess, subtree
 
@@ -90,7 +90,7 @@ def _constructor(module: Any) -> Callable[[nnx.Rngs], nnx.Module]:
 
 
 def _model(network: Network, weights, init, *, read, output, preprocess, title, couples_batch, method=tap.CALL) -> Model:
-    def run(params, buffers, batch, wanted: dict[str, set[str]] | None, train, key):
+    def run(params, buffers, batch, wanted: dict[str, set[str]], train, key):
         if key is None and train and network.random:
             raise InputError(f"{title}: apply(train=True) needs key=, because the model draws random numbers (dropout)")
         key = jax.random.key(0) if key is None else typed_key(key)
@@ -107,17 +107,25 @@ def _model(network: Network, weights, init, *, read, output, preprocess, title, 
 
     def apply(params, buffers, batch, *, taps=(), train=False, key=None):
         wanted = [tap.parse(text) for text in taps]
-        methods: dict[str, set[str]] = {}
+        named: dict[str, set[str]] = {}
         for one in wanted:
-            methods.setdefault(one.path, set()).add(one.method)
-        result, captured, buffers = run(params, buffers, batch, methods, train, key)
+            named.setdefault(one.path, set()).add(one.method)
+        try:
+            result, captured, buffers = run(params, buffers, batch, named, train, key)
+        except (TypeError, ValueError):
+            # A scan that won't have taps inside it: then the wrong tap is what to name.
+            tap.require(wanted, paths(shapes_of(batch)) if wanted else (), model=title)
+            raise
         outputs = to_outputs(result, output, title)
         found = tap.select(wanted, captured, lambda: paths(shapes_of(batch)), model=title)
         return outputs.replace(taps={**outputs.taps, **found}), buffers
 
     def paths(batch):
-        captured = jax.eval_shape(lambda p, b, x: run(p, b, x, None, False, None)[1], *weights, batch)
-        return tap.shapes(captured)
+        def captured(wanted):
+            return jax.eval_shape(lambda p, b, x: run(p, b, x, wanted, False, None)[1], *weights, batch)
+
+        captured({})  # a batch that does not fit fails here, with its own error
+        return tap.shapes(everything(captured, methods(network.shapes())))
 
     def submodule(path):
         part, method = _part(network, path, title)

@@ -80,9 +80,12 @@ class Network:
         return any(isinstance(leaf, nnx.BatchStat) for _, _, leaf in self.leaves)
 
 
+_HOST = (np.ndarray, np.generic, bool, int, float, complex)
+
+
 def _value(leaf: Any) -> Any:
     value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
-    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, value)
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, _HOST) else x, value)
 
 
 def _with_value(leaf: Any, value: Any) -> Any:

@@ -111,11 +111,21 @@ def select(
     return {tap.text: _one(tap, captured, known, model) for tap in wanted}
 
 
+def require(wanted: Iterable[Tap], known: Iterable[str], *, model: str) -> None:
+    """Raises InputError for the first path under which nothing is computed."""
+    known = list(known)
+    bases = {path.partition("#")[0] for path in known}
+    for tap in wanted:
+        if name((tap.path, tap.method)) not in bases:
+            raise InputError(f"tap {tap.text!r}: {model} computes nothing under this path{nearest(tap.text, known)}")
+
+
 def _one(tap: Tap, captured: Mapping[Key, Sequence[Any]], known: Callable[[], Iterable[str]], model: str) -> Any:
     key = (tap.path, tap.method)
     calls = captured.get(key, ())
     if not calls:
-        raise InputError(f"tap {tap.text!r}: {model} computes nothing under this path{nearest(tap.text, known())}")
+        require([tap], known(), model=model)
+        raise InputError(f"tap {tap.text!r}: {name(key)!r} is computed in other modes or batches of {model}, but not here")
     if len(calls) > 1 and (tap.call is None or tap.call >= len(calls)):
         choices = ", ".join(repr(f"{name(key)}#{number}") for number in range(len(calls)))
         raise InputError(f"tap {tap.text!r}: {name(key)!r} is called {len(calls)} times; choose one of {choices}")
