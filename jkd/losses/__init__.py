@@ -11,7 +11,8 @@ TinyBERT leave it out: ``coef = 1 / temperature**2`` makes a term equal to their
 from __future__ import annotations
 
 from jkd.losses.activations import activation_boundary, overhaul
-from jkd.losses.decoupled import dkd
+from jkd.losses.correlations import batch_correlation, class_correlation, dist
+from jkd.losses.decoupled import binary_kl, binary_kl_norm, dkd, nkd, uskd, wsld
 from jkd.losses.divergences import (
     cross_entropy,
     forward_kl,
@@ -31,7 +32,7 @@ from jkd.losses.features import (
     pearson_distance,
     variational_information,
 )
-from jkd.losses.logits import adaptive_kl, alpha_beta, logit_mse
+from jkd.losses.logits import adaptive_kl, alpha_beta, logistic_ranking, logit_mse
 from jkd.losses.maps import (
     attention_transfer,
     channel_wise,
@@ -40,6 +41,14 @@ from jkd.losses.maps import (
     fsp,
     neuron_selectivity,
 )
+from jkd.losses.relations import (
+    correlation_congruence,
+    inter_channel,
+    linear_cka_distance,
+    pkt,
+    similarity_preserving,
+)
+from jkd.losses.rkd import rkd_angle, rkd_distance
 
 __all__ = [
     # divergences
@@ -55,8 +64,17 @@ __all__ = [
     "alpha_beta",
     "adaptive_kl",
     "logit_mse",
-    # decoupled
+    "logistic_ranking",
+    # decoupled and standardised
     "dkd",
+    "nkd",
+    "uskd",
+    "wsld",
+    "binary_kl",
+    "binary_kl_norm",
+    "dist",
+    "class_correlation",
+    "batch_correlation",
     # features
     "mse",
     "cosine_distance",
@@ -72,4 +90,12 @@ __all__ = [
     "channel_wise",
     "class_attention",
     "fsp",
+    # relations
+    "similarity_preserving",
+    "pkt",
+    "rkd_distance",
+    "rkd_angle",
+    "correlation_congruence",
+    "inter_channel",
+    "linear_cka_distance",
 ]

@@ -72,14 +72,21 @@ def check_same_shape(**arrays: Any) -> None:
             raise ValueError(f"{name} must have the shape of {first} {describe(reference)}, got {describe(array)}")
 
 
-def check_classes(student_logits: Any, teacher_logits: Any, *, axis: str = "classes", **names: Any) -> None:
-    """Two equally shaped ``[..., classes]`` with at least one class. The keyword ``names`` may hold further such arrays."""
-    arrays = dict(student_logits=student_logits, teacher_logits=teacher_logits, **names)
+def check_classes(
+    student_logits: Any,
+    teacher_logits: Any,
+    *,
+    student: str = "student_logits",
+    teacher: str = "teacher_logits",
+    axis: str = "classes",
+) -> None:
+    """Two equally shaped ``[..., classes]`` with at least one class; ``student`` and ``teacher`` are the arguments' names."""
+    arrays = {student: student_logits, teacher: teacher_logits}
     check_rank(1, f"[..., {axis}]", **arrays)
     check_nonempty(-1, axis, **arrays)
     if np.shape(student_logits)[-1] != np.shape(teacher_logits)[-1]:
         raise ValueError(
-            f"student_logits and teacher_logits must have the same number of {axis} (last axis), "
+            f"{student} and {teacher} must have the same number of {axis} (last axis), "
             f"got {describe(student_logits)} and {describe(teacher_logits)}"
         )
     check_same_shape(**arrays)
@@ -143,6 +150,16 @@ def log_mix(
     # A weight of exactly 0 or 1 leaves total = 0 where the side that counts has underflowed; it has no mass there.
     kept &= total > 0
     return jnp.where(kept, jnp.log(jnp.where(kept, total, 1)) + top, -jnp.inf)
+
+
+def masked_logsumexp(x: Float[Array, "*batch classes"], keep: Any) -> Float[Array, "*batch"]:
+    """``log sum exp`` over the classes that ``keep`` holds; -inf, with no gradient, where it holds none."""
+    keep = keep & (x > -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(jnp.where(keep, x, -jnp.inf), axis=-1, keepdims=True))
+    top = jnp.where(top > -jnp.inf, top, 0)
+    total = jnp.sum(jnp.where(keep, jnp.exp(jnp.where(keep, x - top, 0)), 0), axis=-1)
+    some = total > 0
+    return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + top[..., 0], -jnp.inf)
 
 
 def at_label(values: Real[Array, "*batch classes"], labels: Any) -> Real[Array, "*batch"]:

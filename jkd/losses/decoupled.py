@@ -1,25 +1,55 @@
-"""Losses that treat the label's class apart from the others, or compare rows and columns of the probability matrix."""
+"""Losses that treat the label's class apart from the others, or the classes as independent yes/no questions."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jkd.losses._common import (
     at_label,
     check_classes,
     check_labels,
+    check_where,
+    cross_entropy_of,
+    describe,
     is_label,
     kl,
     log_softmax,
+    masked_logsumexp,
+    masked_mean,
+    per_class,
     promote,
 )
-from jkd.losses._typing import Array, Float, Int, PerPosition, Real, Scalar
+from jkd.losses._typing import Array, Bool, Float, Int, PerPosition, Real, Scalar
 
 
-def _without_label(logits, labels, temperature):
-    """Log-probabilities among the classes that are not the label; -inf at the label."""
-    return log_softmax(jnp.where(is_label(labels, logits.shape[-1]), -jnp.inf, logits), temperature)
+def _checked(student_logits, teacher_logits, labels, *, teacher="teacher_logits"):
+    check_classes(student_logits, teacher_logits, teacher=teacher)
+    check_labels(labels, student_logits)
+    if np.shape(student_logits)[-1] < 2:
+        raise ValueError(f"student_logits must have at least 2 classes (last axis), got {describe(student_logits)}")
+    return promote(student_logits, teacher_logits)
+
+
+def _apart(logits, labels, temperature):
+    """The label's logit, the others' log-sum-exp, and the others' log-probabilities (-inf at the label), all at T.
+
+    Removing the label before the softmax, rather than dividing probabilities by 1 - p_y, keeps the others exact where p_y
+    rounds to 1.
+    """
+    scaled = logits / per_class(temperature)
+    others = ~is_label(labels, logits.shape[-1])
+    rest = masked_logsumexp(scaled, others)
+    # Where every other class is masked there is no rest: its log-probabilities are all -inf.
+    some = (rest > -jnp.inf)[..., None]
+    log_others = jnp.where(others & some, scaled - jnp.where(some, rest[..., None], 0), -jnp.inf)
+    return at_label(scaled, labels), rest, log_others
+
+
+def _label_or_not(label, rest):
+    """``[..., 2]`` log-probabilities of the label and of all others together."""
+    return jax.nn.log_softmax(jnp.stack([label, rest], axis=-1), axis=-1)
 
 
 def dkd(
@@ -33,16 +63,16 @@ def dkd(
 ) -> Float[Array, "*batch"]:
     """``T² (alpha KL(b_t || b_s) + beta KL(p^ || q^))``, b = (p_y, 1 - p_y) and p^, q^ renormalised without the label y.
 
-    With alpha = 1 and beta = 1 - p_y this is `forward_kl`, exactly.
+    With alpha = 1 and 1 - p_y (at T) in beta's place this is `forward_kl`, exactly.
 
     Args:
         student_logits: ``[..., classes]``, at least two classes.
         teacher_logits: ``[..., classes]``.
         labels: int ``[...]``.
         alpha: weight of the target part (TCKD). The paper uses 1.
-        beta: weight of the rest (NCKD), a scalar. The paper uses 8 for ResNet32x4 to 8x4, 2 for 56 to 20, 6 for VGG13 to VGG8,
-            0.5 on ImageNet.
-        temperature: T. 4 on CIFAR, 1 on ImageNet.
+        beta: weight of the rest (NCKD). The paper uses 8 for ResNet32x4 to 8x4, 2 for 56 to 20, 6 for VGG13 to VGG8, 0.5 on
+            ImageNet.
+        temperature: T. The paper uses 4 on CIFAR and 1 on ImageNet.
 
     Returns:
         ``[...]`` in nats.
@@ -51,26 +81,218 @@ def dkd(
         [DKD] Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv:2203.08679, equation 7.
 
     Code versus paper:
-        The code removes the label by subtracting 1000 from its logit / T, which leaves a trace where logits differ by more than
-        that; here it is removed exactly. It also multiplies the whole term by min(epoch / 20, 1).
+        The code removes the label by subtracting 1000 from its logit / T, which leaves a trace where logits differ by more;
+        here it is removed exactly. It also multiplies the whole term by min(epoch / 20, 1).
 
     Example:
         >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([3.0, 0.0, 1.0])
         >>> dkd(student, teacher, jnp.array(0), alpha=1.0, beta=8.0, temperature=4.0).round(4).item()
-        1.0193
+        4.0163
+    """
+    student, teacher = _checked(student_logits, teacher_logits, labels)
+    label_q, rest_q, others_q = _apart(student, labels, temperature)
+    label_p, rest_p, others_p = _apart(teacher, labels, temperature)
+    target = kl(_label_or_not(label_p, rest_p), _label_or_not(label_q, rest_q))
+    return (alpha * target + beta * kl(others_p, others_q)) * (temperature * temperature)
+
+
+def nkd(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    labels: Int[Array, "*batch"],
+    *,
+    gamma: Scalar = 1.5,
+    temperature: PerPosition = 1.0,
+) -> Float[Array, "*batch"]:
+    """``- p_y log q_y - gamma T² sum_(c != y) p^_c log q^_c``, p^ and q^ renormalised without the label y (p_y, q_y at T = 1).
+
+    Args:
+        student_logits: ``[..., classes]``, at least two classes.
+        teacher_logits: ``[..., classes]``.
+        labels: int ``[...]``.
+        gamma: weight of the rest. The paper uses 1.5 on ImageNet (T = 1) and 3.5 on CIFAR (T = 3), 1.0 for ViT.
+        temperature: T, of the rest only.
+
+    Returns:
+        ``[...]`` in nats. It is added to a cross-entropy with the labels.
+
+    Source:
+        [NKD] Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss
+        and Customized Soft Labels", ICCV 2023, arXiv:2303.13005, equation 6.
+
+    Example:
+        >>> nkd(jnp.zeros(3), jnp.zeros(3), jnp.array(0), gamma=1.0).round(4).item()
+        1.0593
+    """
+    student, teacher = _checked(student_logits, teacher_logits, labels)
+    label_q = at_label(log_softmax(student), labels)
+    label_p = at_label(log_softmax(teacher), labels)
+    _, _, others_q = _apart(student, labels, temperature)
+    _, _, others_p = _apart(teacher, labels, temperature)
+    rest = cross_entropy_of(jnp.exp(others_p), others_q)
+    return -jnp.exp(label_p) * label_q + gamma * rest * (temperature * temperature)
+
+
+def uskd(
+    student_logits: Real[Array, "*batch classes"],
+    weak_logits: Real[Array, "*batch classes"],
+    labels: Int[Array, "*batch"],
+    *,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 0.1,
+    mu: Scalar = 0.005,
+    where: Bool[Array, "*batch"] | Real[Array, "*batch"] | None = None,
+) -> Float[Array, "*batch"]:
+    """``- alpha t log q_y - beta sum_(c != y) r_c log q^_c - mu sum_c y_c log w_c``, t = q_y² + 1 - mean(q_y²), r_c ~ 1 / rank.
+
+    Self-distillation: the targets t and r (Zipf's law over the classes ordered by the student and a weak head on an earlier
+    layer) are made from the student and receive no gradient; y is the label smoothed by 0.1.
+
+    Args:
+        student_logits: ``[..., classes]``, at least two classes.
+        weak_logits: ``[..., classes]``, of the weak head w, which this loss also trains.
+        labels: int ``[...]``.
+        alpha: weight of the label's part. The paper uses 1 on ImageNet, 0.1 on CIFAR.
+        beta: weight of the rest. The paper uses 0.1.
+        mu: weight of the weak head's own loss. The paper uses 0.005 on ImageNet, 0.1 on CIFAR.
+        where: ``[...]``, which examples enter the mean of q_y².
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [USKD] Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss
+        and Customized Soft Labels", ICCV 2023, arXiv:2303.13005, equations 9-13.
+
+    Code versus paper:
+        The order of the classes adds w_c / (1 - w_y) and, in the paper, q_c / (1 - q_y). The code has log q in the second
+        fraction; so has this.
+
+    Example:
+        >>> uskd(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.array([0, 1])).round(4).tolist()
+        [1.1734, 1.1734]
+    """
+    student, weak = _checked(student_logits, weak_logits, labels, teacher="weak_logits")
+    if where is not None:
+        check_where(where, np.shape(labels), meaning="[...]")
+    log_q, log_w = log_softmax(student), log_softmax(weak)
+    label_q = at_label(log_q, labels)
+    confidence = jax.lax.stop_gradient(jnp.exp(2 * label_q))
+    target = confidence + 1 - masked_mean(confidence, where)
+
+    label = is_label(labels, student.shape[-1])
+    w = jnp.exp(log_w)
+    order = w / (1 - at_label(w, labels)[..., None] + 1e-6) + log_q / (1 - label_q[..., None] + 1e-6)
+    order = jax.lax.stop_gradient(jnp.where(label, -jnp.inf, order))
+    # The rank of each class is the inverse of the sorting permutation; the label comes last and has no share.
+    rank = jnp.argsort(jnp.argsort(-order, axis=-1, stable=True), axis=-1, stable=True) + 1
+    share = jnp.where(label, 0, 1 / rank.astype(student.dtype))
+    share /= jnp.sum(share, axis=-1, keepdims=True)
+    _, _, others_q = _apart(student, labels, 1.0)
+
+    smoothed = jnp.where(label, 0.9, 0) + 0.1 / student.shape[-1]
+    own = cross_entropy_of(smoothed.astype(student.dtype), log_w)
+    return -alpha * target * label_q + beta * cross_entropy_of(share, others_q) + mu * own
+
+
+def wsld(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    labels: Int[Array, "*batch"],
+    *,
+    temperature: PerPosition = 4.0,
+) -> Float[Array, "*batch"]:
+    """``- T² w sum_c p_c log q_c``, w = 1 - exp(- CE_s / CE_t): less distillation where the student beats the teacher.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``.
+        labels: int ``[...]``; the cross-entropies CE_s and CE_t with them are taken at T = 1, and w receives no gradient.
+        temperature: T. 4 on CIFAR (with coef 2.25), 2 on ImageNet (with coef 2.5).
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [WSLD] Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective", ICLR
+        2021, arXiv:2102.00650, equation 12.
+
+    Example:
+        >>> wsld(jnp.zeros(3), jnp.zeros(3), jnp.array(0), temperature=1.0).round(4).item()
+        0.6945
     """
     check_classes(student_logits, teacher_logits)
     check_labels(labels, student_logits)
     student, teacher = promote(student_logits, teacher_logits)
-    target = is_label(labels, student.shape[-1])
+    of_student = -at_label(log_softmax(student), labels)
+    of_teacher = -at_label(log_softmax(teacher), labels)
+    weight = jax.lax.stop_gradient(-jnp.expm1(-of_student / (of_teacher + 1e-7)))
     log_q, log_p = log_softmax(student, temperature), log_softmax(teacher, temperature)
-    rest_q = jnp.where(target, -jnp.inf, log_q)
-    rest_p = jnp.where(target, -jnp.inf, log_p)
-    log_rest_q = jax.nn.logsumexp(rest_q, axis=-1, keepdims=True)
-    log_rest_p = jax.nn.logsumexp(rest_p, axis=-1, keepdims=True)
-    tckd = kl(
-        jnp.concatenate([at_label(log_p, labels)[..., None], log_rest_p], axis=-1),
-        jnp.concatenate([at_label(log_q, labels)[..., None], log_rest_q], axis=-1),
-    )
-    nckd = kl(_without_label(teacher, labels, temperature), _without_label(student, labels, temperature))
-    return (alpha * tckd + beta * nckd) * (temperature * temperature)
+    return weight * cross_entropy_of(jnp.exp(log_p), log_q) * (temperature * temperature)
+
+
+def binary_kl(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    *,
+    temperature: PerPosition = 2.0,
+) -> Float[Array, "*batch"]:
+    """``T² sum_c KL(sigmoid(z_t,c / T) || sigmoid(z_s,c / T))``: every class is a yes/no question of its own.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``.
+        temperature: T. The paper uses 2.
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [BinaryKL] Yang et al., "Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
+        AAAI 2025, arXiv:2411.08937, equation 5.
+
+    Code versus paper:
+        The code adds 1e-8 inside its logarithms; here they are exact.
+
+    Example:
+        >>> binary_kl(jnp.array([0.0]), jnp.array([2.0]), temperature=1.0).round(4).item()
+        0.3278
+    """
+    check_classes(student_logits, teacher_logits)
+    student, teacher = promote(student_logits, teacher_logits)
+    student, teacher = student / per_class(temperature), teacher / per_class(temperature)
+    yes = jax.nn.sigmoid(teacher) * (jax.nn.log_sigmoid(teacher) - jax.nn.log_sigmoid(student))
+    no = jax.nn.sigmoid(-teacher) * (jax.nn.log_sigmoid(-teacher) - jax.nn.log_sigmoid(-student))
+    return jnp.sum(yes + no, axis=-1) * (temperature * temperature)
+
+
+def binary_kl_norm(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    *,
+    temperature: PerPosition = 2.0,
+) -> Float[Array, "*batch"]:
+    """``T² sum_c KL(1/2 || sigmoid((z_s,c - z_t,c) / T)) = T² sum_c log cosh((z_s,c - z_t,c) / 2T)``.
+
+    Args:
+        student_logits: ``[..., classes]``, of the auxiliary head.
+        teacher_logits: ``[..., classes]``.
+        temperature: T. The paper uses 2.
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [DHKD, BinaryKL-Norm] Yang et al., "Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary
+        Head", AAAI 2025, arXiv:2411.08937, equation 8.
+
+    Example:
+        >>> binary_kl_norm(jnp.array([0.0]), jnp.array([2.0]), temperature=1.0).round(4).item()
+        0.4338
+    """
+    check_classes(student_logits, teacher_logits)
+    student, teacher = promote(student_logits, teacher_logits)
+    difference = (student - teacher) / per_class(temperature)
+    # softplus(u) - u / 2 - log 2 = log cosh(u / 2): one transcendental function, and smooth at 0 (as |u| is not).
+    terms = jax.nn.softplus(difference) - difference / 2 - np.log(2)
+    return jnp.sum(terms, axis=-1) * (temperature * temperature)

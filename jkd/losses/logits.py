@@ -136,3 +136,61 @@ def logit_mse(
     check_classes(student_logits, teacher_logits)
     student, teacher = promote(student_logits, teacher_logits)
     return jnp.mean((student - teacher) ** 2, axis=-1)
+
+
+def _pairs(teacher, below):
+    """``[..., i, j]``: does the teacher put class i above class j?"""
+    return teacher[..., :, None] > below[..., None, :]
+
+
+@jax.custom_jvp
+def _ranking(student, teacher):
+    """Mean of softplus(s_j - s_i) over the pairs with t_i > t_j.
+
+    The pairs are never stored: XLA fuses comparison, softplus and sum. So that differentiation does not store them either, the
+    gradient (again a sum over pairs) is given in closed form.
+    """
+    above = _pairs(teacher, teacher)
+    total = jnp.sum(jnp.where(above, jax.nn.softplus(student[..., None, :] - student[..., :, None]), 0), axis=(-2, -1))
+    count = jnp.sum(above, axis=(-2, -1)).astype(student.dtype)
+    return total / jnp.maximum(count, 1)
+
+
+@_ranking.defjvp
+def _ranking_jvp(primals, tangents):
+    student, teacher = primals
+    above, below = _pairs(teacher, teacher), _pairs(-teacher, -teacher)
+    difference = student[..., :, None] - student[..., None, :]
+    slope = jnp.where(below, jax.nn.sigmoid(difference), 0) - jnp.where(above, jax.nn.sigmoid(-difference), 0)
+    count = jnp.sum(above, axis=(-2, -1)).astype(student.dtype)
+    gradient = jnp.sum(slope, axis=-1) / jnp.maximum(count, 1)[..., None]
+    return _ranking(student, teacher), jnp.sum(gradient * tangents[0], axis=-1)
+
+
+def logistic_ranking(
+    student_logits: Real[Array, "*batch classes"], teacher_logits: Real[Array, "*batch classes"]
+) -> Float[Array, "*batch"]:
+    """``mean over i, j with z_t,i > z_t,j of log(1 + exp(z_s,j - z_s,i))``: the teacher's order, not its probabilities.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``; only the order counts. No teacher preference at all gives 0.
+
+    Returns:
+        ``[...]`` in nats. Time grows with classes², memory with classes.
+
+    Source:
+        [RankNet] Burges et al., "Learning to Rank using Gradient Descent", ICML 2005, equation 3; as a distillation loss in
+        DistillKit (``sparse_logistic_ranking_loss``), there on the teacher's top k only.
+
+    Code versus paper:
+        DistillKit divides by the number of pairs in the whole batch; here each position has its own mean, which is the same
+        number where positions have equally many pairs.
+
+    Example:
+        >>> logistic_ranking(jnp.array([0.0, 0.0, 0.0]), jnp.array([3.0, 2.0, 1.0])).round(4).item()
+        0.6931
+    """
+    check_classes(student_logits, teacher_logits)
+    student, teacher = promote(student_logits, teacher_logits)
+    return _ranking(student, teacher)

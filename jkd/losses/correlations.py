@@ -1,0 +1,137 @@
+"""Losses that compare the ``[batch, classes]`` probability matrices by their rows, their columns or their Gram matrices."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from jkd.losses._common import check_classes, check_exact_rank, check_where, log_softmax, masked_mean, norm, promote
+from jkd.losses._typing import Array, Bool, Float, Real, Scalar
+
+
+def _probabilities(student_logits, teacher_logits, temperature, where):
+    """The two probability matrices, with rows of zeros where ``where`` is off, and the weights ``[batch, 1]``."""
+    check_exact_rank(2, "[batch, classes]", student_logits=student_logits, teacher_logits=teacher_logits)
+    check_classes(student_logits, teacher_logits)
+    q, p = (jnp.exp(log_softmax(z, temperature)) for z in promote(student_logits, teacher_logits))
+    if where is None:
+        return q, p, None
+    check_where(where, np.shape(student_logits)[:1], meaning="[batch]")
+    weight = jnp.asarray(where).astype(q.dtype)[:, None]
+    return q * weight, p * weight, weight
+
+
+def _pearson(x, y, weight, axis):
+    """Correlation along ``axis``, its denominator as the code has it: |x| |y| + 1e-8."""
+    x = x - masked_mean(x, weight, axis, keepdims=True)
+    y = y - masked_mean(y, weight, axis, keepdims=True)
+    if weight is not None:
+        x, y = x * weight, y * weight
+    return jnp.sum(x * y, axis=axis) / (norm(x, axis) * norm(y, axis) + 1e-8)
+
+
+def dist(
+    student_logits: Real[Array, "batch classes"],
+    teacher_logits: Real[Array, "batch classes"],
+    *,
+    beta: Scalar = 1.0,
+    gamma: Scalar = 1.0,
+    temperature: Scalar = 4.0,
+    where: Bool[Array, " batch"] | Real[Array, " batch"] | None = None,
+) -> Float[Array, " batch"]:
+    """``T² (beta (1 - r(q_b, p_b)) + gamma (1 - mean_c r(q_:c, p_:c)))``, r Pearson's correlation of rows and of columns.
+
+    Args:
+        student_logits: ``[batch, classes]``.
+        teacher_logits: ``[batch, classes]``.
+        beta: weight of the rows (inter-class). The paper uses 1.
+        gamma: weight of the columns (intra-class), one number for the batch that every example repeats. The paper uses 1.
+        temperature: T. 4 on CIFAR, 1 on ImageNet.
+        where: ``[batch]``, which examples count.
+
+    Returns:
+        ``[batch]``, no unit. The paper's loss is cross-entropy plus 2 times this.
+
+    Source:
+        [DIST] Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv:2205.10536, equations 8-10.
+
+    Example:
+        >>> logits = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+        >>> dist(2 * logits, logits, temperature=1.0).round(4).tolist()
+        [0.0018, 0.0018]
+    """
+    q, p, weight = _probabilities(student_logits, teacher_logits, temperature, where)
+    rows = 1 - _pearson(q, p, None, 1)
+    columns = 1 - jnp.mean(_pearson(q, p, weight, 0))
+    return (beta * rows + gamma * columns) * (temperature * temperature)
+
+
+def class_correlation(
+    student_logits: Real[Array, "batch classes"],
+    teacher_logits: Real[Array, "batch classes"],
+    *,
+    temperature: Scalar = 4.0,
+    where: Bool[Array, " batch"] | Real[Array, " batch"] | None = None,
+) -> Float[Array, " batch"]:
+    """``1 / C |Q^T Q - P^T P|²`` (Frobenius), Q and P the ``[batch, classes]`` probabilities; the same for every example.
+
+    Args:
+        student_logits: ``[batch, classes]``.
+        teacher_logits: ``[batch, classes]``.
+        temperature: T. The paper adds the values at 2, 3, 4, 5 and 6. The value has no factor T².
+        where: ``[batch]``, which examples count.
+
+    Returns:
+        ``[batch]``, no unit; one number, repeated.
+
+    Source:
+        [MLLD, CC] Jin et al., "Multi-Level Logit Distillation", CVPR 2023, equation 7.
+
+    Code versus paper:
+        The code means to mask classes but multiplies the number by the mask's mean; there is no mask here.
+
+    Example:
+        >>> class_correlation(jnp.array([[9.0, -9.0]]), jnp.array([[-9.0, 9.0]]), temperature=1.0).round(4).tolist()
+        [1.0]
+    """
+    q, p, _ = _probabilities(student_logits, teacher_logits, temperature, where)
+    batch, classes = q.shape
+    difference, total = q - p, q + p
+    if batch < classes:
+        # Q^T Q - P^T P = (D^T S + S^T D) / 2 with D = Q - P, S = Q + P: its norm needs batch x batch products only, and, unlike
+        # |Q Q^T|² - 2 |Q P^T|² + |P P^T|², is small term by term where the student is close to the teacher.
+        mixed = total @ difference.T
+        squared = jnp.sum((difference @ difference.T) * (total @ total.T)) + jnp.sum(mixed * mixed.T)
+        value = squared / 2
+    else:
+        value = jnp.sum((q.T @ q - p.T @ p) ** 2)
+    return jnp.broadcast_to(value / classes, (batch,))
+
+
+def batch_correlation(
+    student_logits: Real[Array, "batch classes"],
+    teacher_logits: Real[Array, "batch classes"],
+    *,
+    temperature: Scalar = 4.0,
+    where: Bool[Array, " batch"] | Real[Array, " batch"] | None = None,
+) -> Float[Array, " batch"]:
+    """``sum_b' (q_b . q_b' - p_b . p_b')²``, how alike the student finds two examples against how alike the teacher does.
+
+    Args:
+        student_logits: ``[batch, classes]``.
+        teacher_logits: ``[batch, classes]``.
+        temperature: T. The paper adds the values at 2, 3, 4, 5 and 6. The value has no factor T².
+        where: ``[batch]``, which examples are compared with.
+
+    Returns:
+        ``[batch]``, no unit.
+
+    Source:
+        [MLLD, BC] Jin et al., "Multi-Level Logit Distillation", CVPR 2023, equation 5.
+
+    Example:
+        >>> batch_correlation(jnp.array([[9.0, -9.0]]), jnp.zeros((1, 2)), temperature=1.0).round(4).tolist()
+        [0.25]
+    """
+    q, p, _ = _probabilities(student_logits, teacher_logits, temperature, where)
+    return jnp.sum((q @ q.T - p @ p.T) ** 2, axis=1)
