@@ -6,6 +6,8 @@ map, drops positions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -216,9 +218,9 @@ def class_attention(
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
-    maps = {"student_maps": student_maps, "teacher_maps": teacher_maps}
-    check_maps(**maps)
-    student, teacher = (normalize(adaptive_average_pool(x, size, size), SPACE) for x in promote(*maps.values()))
+    check_maps(student_maps=student_maps, teacher_maps=teacher_maps)
+    maps = promote(student_maps, teacher_maps)
+    student, teacher = (normalize(adaptive_average_pool(x, size, size), SPACE) for x in maps)
     return jnp.mean(jnp.square(student - teacher), axis=ENTRIES)
 
 
@@ -252,7 +254,7 @@ def fsp(
         >>> fsp(one, two, one, jnp.ones((2, 2, 4))).item()
         1.0
     """
-    ends = {
+    ends: dict[str, Any] = {
         "student_features": student_features,
         "student_features_next": student_features_next,
         "teacher_features": teacher_features,
