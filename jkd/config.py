@@ -185,7 +185,12 @@ def _check_run(run: Run) -> None:
             refuse(field, "give at least 1")
     for field in ("evaluate_every", "checkpoint_every"):
         value = getattr(run, field)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (isinstance(value, float) and value > 1):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or value < 0
+            or (isinstance(value, float) and value > 1)
+        ):
             refuse(field, "give a number of steps (int) or a fraction of the run (float between 0 and 1)")
     for field, kind in (("recipe", Recipe), ("mesh", MeshShape), ("ema", Ema | None), ("seed", int)):
         if not isinstance(getattr(run, field), kind):  # type: ignore[arg-type]

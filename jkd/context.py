@@ -29,7 +29,7 @@ class Context:
         run: the run.
         networks: ``student`` and, where there is one, ``teacher``.
         mesh: the devices.
-        batch: shapes of the global batch, after augmentation.
+        batch: shapes of the global batch as the recipe sees it: augmented, and prepared where the recipe prepares.
         raw_batch: shapes of the global batch as the data gives it.
         student_outputs: shapes of the student's Outputs on the batch, the recipe's taps included.
         teacher_outputs: likewise, or None.
@@ -68,6 +68,11 @@ class Context:
         return self.run.steps
 
     @property
+    def prepares(self) -> bool:
+        """Whether the recipe changes batches in a program of its own, before the step."""
+        return type(self.recipe).prepare is not Recipe.prepare
+
+    @property
     def steps_per_epoch(self) -> float:
         """Batches in one pass over the training data (a fraction); 1 where the size is not known."""
         return self.train_size / self.run.batch_size if self.train_size else 1.0
@@ -100,8 +105,7 @@ class Context:
                 update,
                 groups=("student", *own) if update.groups is None else update.groups,
                 **{
-                    hook: getattr(update, hook) or getattr(recipe, hook)
-                    for hook in ("forward", "terms", "observe", "remember")
+                    hook: getattr(update, hook) or getattr(recipe, hook) for hook in ("forward", "terms", "observe", "remember")
                 },
             )
             for update in recipe.updates
@@ -117,7 +121,9 @@ class Context:
     @functools.cached_property
     def groups(self) -> tuple[str, ...]:
         """Every group that lives in the state; ``teacher`` only where an update trains it."""
-        named = dict.fromkeys(("student", *self.vars.params, *(group for update in self.updates for group in update.groups or ())))
+        named = dict.fromkeys(
+            ("student", *self.vars.params, *(group for update in self.updates for group in update.groups or ()))
+        )
         return tuple(named)
 
     def trains(self, group: str, path: str) -> bool:
@@ -130,8 +136,7 @@ class Context:
         shapes = {**self.params, **self.vars.params}
         rules = {"teacher": self.run.teacher_rules}
         return {
-            group: sharding.parameter_specs(tree, self.mesh, rules.get(group, self.run.rules))
-            for group, tree in shapes.items()
+            group: sharding.parameter_specs(tree, self.mesh, rules.get(group, self.run.rules)) for group, tree in shapes.items()
         }
 
     def optimizer(self, group: str) -> optax.GradientTransformation:
@@ -164,7 +169,6 @@ def context(
         InputError: a tap that does not exist, shapes that do not fit, another number of classes, a batch that does not divide
             by mesh and microbatches, microbatches of what couples examples.
     """
-    recipe = run.recipe
     mesh = run.mesh.build(devices)
     if batch is None:
         if run.data is None:
@@ -173,9 +177,23 @@ def context(
         train_size = run.data.train_size
     raw_batch = jax.eval_shape(lambda batch: batch, batch)
     _check_batch(run, raw_batch, mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    augmented = jax.eval_shape(lambda batch, key: augment(run, batch, key), raw_batch, key)
+    with explained("Run.augment"):
+        augmented = jax.eval_shape(lambda batch, key: augment(run, batch, key), raw_batch, _key())
+    ctx = _resolve(run, mesh, raw_batch, augmented, train_size)
+    if ctx.prepares:
+        from jkd.step import prepared_shapes
 
+        ctx = _resolve(run, mesh, raw_batch, prepared_shapes(ctx), train_size)
+        _check_batch(run, ctx.batch, mesh)
+    return ctx
+
+
+def _key() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _resolve(run: Run, mesh: Mesh, raw_batch: Batch, batch: Batch, train_size: int | None) -> Context:
+    recipe = run.recipe
     networks = {"student": build(run.student)}
     if run.teacher is not None:
         networks["teacher"] = networks["student"] if isinstance(run.teacher, StudentEma) else build_teacher(run.teacher)
@@ -188,13 +206,15 @@ def context(
 
     def outputs(side: str, taps: tuple[str, ...]) -> Outputs:
         network = networks[side]
+        if side == "teacher" and "teacher" in batch:
+            return batch["teacher"]
 
         def run_it(params, buffers, batch, key):
             cast = to_compute(run, params), buffers, to_compute(run, batch)
             return network.apply(*cast, taps=taps, train=side == "student", key=key)[0]
 
-        with explained(f"{side} {network.name} on a batch {_shapes(augmented)}"):
-            return jax.eval_shape(run_it, params[side], buffers[side], augmented, key)
+        with explained(f"{side} {network.name} on a batch {_shapes(batch)}"):
+            return jax.eval_shape(run_it, params[side], buffers[side], batch, _key())
 
     student = outputs("student", recipe.student_taps)
     teacher = outputs("teacher", recipe.teacher_taps) if "teacher" in networks else None
@@ -209,7 +229,10 @@ def context(
                 "them class by class; give both the same classes"
             )
     if run.microbatches > 1 and run.microbatch_statistics == "global":
-        for who, couples in ((networks["student"].name, networks["student"].couples_batch), (type(recipe).__name__, recipe.couples_batch)):
+        for who, couples in (
+            (networks["student"].name, networks["student"].couples_batch),
+            (type(recipe).__name__, recipe.couples_batch),
+        ):
             if couples:
                 raise InputError(
                     f"Run.microbatches = {run.microbatches}: {who} couples the examples of a batch (batch statistics, relations), so "
@@ -219,7 +242,7 @@ def context(
         run=run,
         networks=networks,
         mesh=mesh,
-        batch=augmented,
+        batch=batch,
         raw_batch=raw_batch,
         student_outputs=student,
         teacher_outputs=teacher,
@@ -308,4 +331,3 @@ def _check_batch(run: Run, batch: Batch, mesh: Mesh) -> None:
                 f"batch[{path!r}] has {rows} rows, which do not divide by {shards} devices (data x fsdp) x {run.microbatches} "
                 "microbatches; change batch_size, mesh or microbatches"
             )
-

@@ -104,9 +104,7 @@ def adamw(
 
     ``weight_decay`` defaults to optax's 1e-4.
     """
-    return Optimizer(
-        learning_rate=learning_rate, make=_Adam(b1, b2, eps), weight_decay=weight_decay, decay=decay, clip=clip
-    )
+    return Optimizer(learning_rate=learning_rate, make=_Adam(b1, b2, eps), weight_decay=weight_decay, decay=decay, clip=clip)
 
 
 def from_optax(learning_rate: float | Schedule, make: Callable[[], optax.GradientTransformation], **options) -> Optimizer:

@@ -95,7 +95,12 @@ class Models:
         return self.apply("student", batch, train=train, key=key, **options)
 
     def teacher(self, batch: Batch, *, key: Array | None = None, train: bool = False, **options) -> Outputs | None:
-        """The teacher in evaluation mode, capturing ``teacher_taps``; None where the run has no teacher."""
+        """The teacher in evaluation mode, capturing ``teacher_taps``; None where the run has no teacher.
+
+        An answer that was prepared earlier (``batch["teacher"]``: a cache, a rollout, a teacher elsewhere) stands in its place.
+        """
+        if "teacher" in batch:
+            return batch["teacher"]
         if "teacher" not in self.networks:
             return None
         return self.apply("teacher", batch, train=train, key=key, **options)[0]
@@ -202,9 +207,10 @@ class Recipe:
         return None
 
     def prepare(self, models: Models, batch: Batch, key: Array) -> Batch:
-        """Changes a batch before the step sees it, in a jitted program of its own (rollouts, a teacher on another mesh).
+        """Changes the augmented batch before the step sees it, in a jitted program of its own (rollouts, a teacher elsewhere).
 
-        The loop runs it one batch ahead where it reads nothing that training changes.
+        An answer of the teacher goes into ``batch["teacher"]``, an `Outputs`; `Models.teacher` then takes it from there. The
+        loop runs it one batch ahead where it reads nothing that training changes.
         """
         return batch
 
@@ -252,8 +258,8 @@ class Combine(Recipe):
         recipes: the members; their taps are captured together, their parameters and memory kept apart.
 
     Raises:
-        InputError: a member overrides ``forward``, ``updates``, ``deploy`` or ``prepare`` (it is no summand then), or two members have a term
-            of the same name (a label term that counts twice, usually: switch one off).
+        InputError: a member has a ``forward``, ``updates``, ``deploy``, ``prepare`` or ``sampling`` of its own (it is no summand
+            then), or two members have a term of the same name (a label term that counts twice, usually: switch one off).
     """
 
     recipes: tuple[Recipe, ...]

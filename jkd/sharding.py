@@ -96,7 +96,9 @@ def parameter_specs(tree: Tree, mesh: Mesh, rules: Rules = ()) -> Tree:
 
 def like_parameters(state: Tree, params: Tree, specs: Tree) -> Tree:
     """Specs for an optimizer state: a leaf that ends in a parameter's path and has its shape lives where the parameter does."""
-    places = {path: (leaf.shape, spec) for (path, leaf), spec in zip(trees.flatten(params).items(), _leaves(specs), strict=True)}
+    places = {
+        path: (leaf.shape, spec) for (path, leaf), spec in zip(trees.flatten(params).items(), _leaves(specs), strict=True)
+    }
 
     def place(keys, leaf) -> P:
         names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in keys]
@@ -168,7 +170,9 @@ def constrain_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """This process's rows (NumPy) as one global array per name, split over ``data`` and ``fsdp``."""
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), np.asarray(rows)), batch)
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), np.asarray(rows)), batch
+    )
 
 
 def put(tree: Tree, places: Tree) -> Tree:

@@ -74,7 +74,9 @@ def freeze(ctx: Context) -> Frozen:
         return frozen
     teacher = ctx.networks["teacher"]
     if not teacher.initialised:
-        raise InputError(f"teacher {teacher.name} holds no weights: train it first (an earlier run of the Experiment) or load it")
+        raise InputError(
+            f"teacher {teacher.name} holds no weights: train it first (an earlier run of the Experiment) or load it"
+        )
     dtype = jnp.dtype(ctx.run.teacher_dtype)
 
     def cast(leaf: Any) -> Any:
@@ -102,9 +104,7 @@ def frozen_shapes(ctx: Context) -> Frozen:
 
 def state_shapes(ctx: Context) -> State:
     """The state's shapes; nothing is computed."""
-    given = {
-        side: (ctx.params[side], ctx.buffers[side]) for side in _networks_in_state(ctx) if ctx.networks[side].initialised
-    }
+    given = {side: (ctx.params[side], ctx.buffers[side]) for side in _networks_in_state(ctx) if ctx.networks[side].initialised}
     return jax.eval_shape(lambda *args: _init(ctx, *args), jax.random.key(0), frozen_shapes(ctx), given)
 
 
@@ -127,9 +127,7 @@ def state_shardings(ctx: Context) -> State:
         params=params,
         optimizer=optimizer,
         buffers=everywhere(shapes.buffers),
-        ema={
-            group: {"params": params[group], "buffers": everywhere(tree["buffers"])} for group, tree in shapes.ema.items()
-        },
+        ema={group: {"params": params[group], "buffers": everywhere(tree["buffers"])} for group, tree in shapes.ema.items()},
         memory=jax.tree.map(remembered, shapes.memory, is_leaf=lambda node: isinstance(node, Bank)),
         key=P(),  # type: ignore[arg-type]
     )

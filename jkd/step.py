@@ -21,7 +21,7 @@ from jkd.context import Context, augment, explained, to_compute
 from jkd.errors import InputError
 from jkd.recipe import Models, Update, Vars
 from jkd.schedules import Clock
-from jkd.state import Frozen, State, state_shardings, trainable
+from jkd.state import Frozen, State, frozen_shapes, state_shapes, state_shardings, trainable
 from jkd.types import Array, Batch, Model, Outputs, Term, Tree
 
 Metrics = dict[str, Array]
@@ -37,12 +37,12 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
 
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Metrics]:
         clock, key = ctx.clock(state.step), step_key(state)
-        batch = augmented(ctx, batch, key)
+        batch = seen(ctx, batch, key)
         start, terms, norms = state, {}, []
         for place, update in enumerate(ctx.updates):
 
-            def run(state: State, update=update, key=jax.random.fold_in(key, place + 1)):
-                return _update(ctx, update, state, start, frozen, batch, clock, key)
+            def run(state: State, place: int = place, update: Update = update):
+                return _update(ctx, update, state, start, frozen, batch, clock, jax.random.fold_in(key, place + 1))
 
             if update.every == 1:
                 state, means, norm = run(state)
@@ -71,8 +71,9 @@ def make_eval_step(ctx: Context, measure: Callable[..., Tree], *, ema: bool = Fa
         product = ctx.recipe.deploy(models)
         batch = sharding.constrain_batch(batch, ctx.mesh)
         student, _ = product.apply(to_compute(ctx.run, product.params), product.buffers, to_compute(ctx.run, batch))
-        has_teacher = "teacher" in models.networks and not (ctx.teacher is not None and not ctx.params["teacher"])
-        teacher = models.teacher(batch, taps=()) if has_teacher else None
+        # answers that come with the training batches are not there for other examples
+        elsewhere = "teacher" in ctx.raw_batch and "teacher" not in batch
+        teacher = None if elsewhere else models.teacher(batch, taps=())
         return measure(student, teacher, batch)
 
     return jax.jit(eval_step)
@@ -88,7 +89,7 @@ def make_term_gradients(ctx: Context) -> Callable[[State, Frozen, Batch], Metric
     def gradients(state: State, frozen: Frozen, batch: Batch) -> Metrics:
         clock, key = ctx.clock(state.step), step_key(state)
         update = ctx.updates[0]
-        batch = augmented(ctx, batch, key)
+        batch = seen(ctx, batch, key)
         moving, rest = _partition(ctx, update, state.params)
 
         def one(name: str | None):
@@ -101,7 +102,7 @@ def make_term_gradients(ctx: Context) -> Callable[[State, Frozen, Batch], Metric
 
         names = sorted(jax.eval_shape(lambda: one(None))[1])
         found = {name: one(name)[0] for name in names}
-        metrics = {f"norm/{name}": optax.global_norm(gradient) for name, gradient in found.items()}
+        metrics = {f"norm/{name}": optax.tree.norm(gradient) for name, gradient in found.items()}
         if "task" in found and "student" in (update.groups or ()):
             task = found["task"]["student"]
             for name in names:
@@ -118,17 +119,28 @@ def make_prepare(ctx: Context) -> tuple[Callable[[State, Frozen, Batch, Array], 
     It may where it reads nothing of the state that training changes: then batch n+1 is prepared while step n runs. None where the
     recipe prepares nothing.
     """
-    from jkd.recipe import Recipe
-
-    if type(ctx.recipe).prepare is Recipe.prepare:
+    if not ctx.prepares:
         return None
+    return jax.jit(_prepare(ctx)), not _reads_training(ctx)
 
+
+def prepared_shapes(ctx: Context) -> Batch:
+    """Shapes of the batch that the recipe prepares; nothing is computed."""
+    with explained(f"{type(ctx.recipe).__name__}.prepare"):
+        return jax.eval_shape(_prepare(ctx), *_prepare_shapes(ctx))
+
+
+def _prepare(ctx: Context) -> Callable[[State, Frozen, Batch, Array], Batch]:
     def prepare(state: State, frozen: Frozen, batch: Batch, step: Array) -> Batch:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), step), 0x70726570)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
         models = _models(ctx, state, frozen, ctx.clock(step))
-        return ctx.recipe.prepare(models, sharding.constrain_batch(batch, ctx.mesh), key)
+        return ctx.recipe.prepare(models, _augmented(ctx, batch, key), jax.random.fold_in(key, len(ctx.updates) + 1))
 
-    return jax.jit(prepare), not _reads_training(ctx, prepare)
+    return prepare
+
+
+def _prepare_shapes(ctx: Context) -> tuple[State, Frozen, Batch, Any]:
+    return state_shapes(ctx), frozen_shapes(ctx), ctx.raw_batch, jax.ShapeDtypeStruct((), jnp.int32)
 
 
 def step_key(state: State) -> Array:
@@ -136,9 +148,15 @@ def step_key(state: State) -> Array:
     return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
 
-def augmented(ctx: Context, batch: Batch, key: Array) -> Batch:
-    """The global batch as the step with this key sees it."""
-    return sharding.constrain_batch(augment(ctx.run, sharding.constrain_batch(batch, ctx.mesh), key), ctx.mesh)
+def seen(ctx: Context, batch: Batch, key: Array) -> Batch:
+    """The global batch as the step with this key sees it: augmented, unless that happened where it was prepared."""
+    return sharding.constrain_batch(batch, ctx.mesh) if ctx.prepares else _augmented(ctx, batch, key)
+
+
+def _augmented(ctx: Context, batch: Batch, key: Array) -> Batch:
+    return sharding.constrain_batch(
+        augment(ctx.run, sharding.constrain_batch(batch, ctx.mesh), jax.random.fold_in(key, 0)), ctx.mesh
+    )
 
 
 def models_of(ctx: Context, state: State, frozen: Frozen, *, ema: bool = False) -> Models:
@@ -209,7 +227,7 @@ def _update(
     moved = dataclasses.replace(
         state, params=params, optimizer=optimizer, buffers=buffers, memory=_same_kind(ctx, memory, state.memory)
     )
-    return moved, means, optax.global_norm(gradients)
+    return moved, means, optax.tree.norm(gradients)
 
 
 def _moved(ctx: Context, group: str, params: Tree, gradient: Tree, optimizer: Any) -> tuple[Tree, Any]:
@@ -266,7 +284,13 @@ def _joined(pieces: Array) -> Array:
 
 
 def _objective(
-    ctx: Context, update: Update, models: Models, batch: Batch, key: Array, totals: Mapping[str, Array] | None, only: str | None = None
+    ctx: Context,
+    update: Update,
+    models: Models,
+    batch: Batch,
+    key: Array,
+    totals: Mapping[str, Array] | None,
+    only: str | None = None,
 ):
     """``(loss, (means, totals, buffers, observed))`` of a piece of the batch.
 
@@ -382,19 +406,16 @@ def _report(ctx: Context, terms: dict[str, Metrics], norms: list[Array], clock: 
 
 def _cosine(first: Tree, second: Tree) -> Array:
     dot = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
-    size = optax.global_norm(first) * optax.global_norm(second)
+    size = optax.tree.norm(first) * optax.tree.norm(second)
     return jnp.where(size > 0, dot / jnp.where(size > 0, size, 1), 0)
 
 
-def _reads_training(ctx: Context, prepare: Callable[..., Batch]) -> bool:
-    """Whether a prepare function reads parameters, averages, memory or anything else that a step changes (the key does not)."""
-    from jkd.state import frozen_shapes, state_shapes
-
-    state = state_shapes(ctx)
-    args = (state, frozen_shapes(ctx), ctx.raw_batch, jax.ShapeDtypeStruct((), jnp.int32))
-    jaxpr = jax.make_jaxpr(prepare)(*args).jaxpr
+def _reads_training(ctx: Context) -> bool:
+    """Whether `Recipe.prepare` reads parameters, averages, memory or anything else that a step changes (the key does not)."""
+    args = _prepare_shapes(ctx)
+    jaxpr = jax.make_jaxpr(_prepare(ctx))(*args).jaxpr
     used = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(args[0])[0]
     return any(
         id(var) in used and getattr(keys[0], "name", "") != "key" for (keys, _), var in zip(leaves, jaxpr.invars, strict=False)
     )

@@ -184,7 +184,7 @@ class Model:
 
 
 def subtree(tree: Tree, path: str) -> Tree:
-    """The part of a params or buffers tree that `Model.submodule` of ``module/path[:method]`` reads; ``{}`` where it has none."""
+    """The part of a params or buffers tree that ``Model.submodule(path)`` reads; ``{}`` where it has none."""
     for part in filter(None, path.partition(":")[0].split("/")):
         tree = tree.get(part, {})
     return tree

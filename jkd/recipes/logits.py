@@ -54,9 +54,7 @@ class KD(Recipe):
     def terms(self, vars, student, teacher, batch, *, clock, key):
         temperature = schedules.at(self.temperature, clock)
         kd = losses.forward_kl(student.logits, teacher.logits, temperature=temperature)
-        return with_task(self.task_weight, student, batch) | {
-            "kd": Term(kd, batch["weight"], schedules.at(self.weight, clock))
-        }
+        return with_task(self.task_weight, student, batch) | {"kd": Term(kd, batch["weight"], schedules.at(self.weight, clock))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

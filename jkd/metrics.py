@@ -1,0 +1,111 @@
+"""Where numbers go while a run trains: writers behind one protocol, in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from etils import epath
+
+
+class Writer(Protocol):
+    """Takes scalars by name. ``write`` must not block on a network; ``flush`` may."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """``metrics.jsonl``: one object for each call, ``{"step": …, name: value}``; numbers that are not finite become null.
+
+    Args:
+        path: local or remote. Lines from steps after ``start`` (a resumed run trains them again) are dropped.
+        start: the step that the run starts from.
+    """
+
+    def __init__(self, path: epath.Path, start: int = 0):
+        self._path = path
+        self._remote = "://" in str(path)
+        self._lines: list[str] = []
+        if path.exists():
+            self._lines = [line for line in path.read_text().splitlines() if line and _step(line) <= start]
+            path.write_text("".join(line + "\n" for line in self._lines))
+        self._new: list[str] = []
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._new.append(json.dumps({"step": step, **finite}))
+
+    def flush(self) -> None:
+        if not self._new:
+            return
+        if self._remote:  # object stores have no append
+            self._lines += self._new
+            self._path.write_text("".join(line + "\n" for line in self._lines))
+        else:
+            with self._path.open("a") as file:
+                file.write("".join(line + "\n" for line in self._new))
+        self._new = []
+
+    def close(self) -> None:
+        self.flush()
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 1 << 62  # a line that a kill cut short: drop it
+
+
+class TensorBoard:
+    """TensorBoard event files in a local folder; entries after ``start`` are marked as purged."""
+
+    def __init__(self, folder: epath.Path, start: int = 0):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Several:
+    """All writers at once."""
+
+    def __init__(self, *writers: Writer):
+        self._writers = writers
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        for writer in self._writers:
+            writer.write(step, {name: float(value) for name, value in values.items()})
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def writers(folder: epath.Path | None, start: int) -> Several:
+    """The default writers of a run: JSON lines anywhere, TensorBoard where the folder is local; none without a folder."""
+    if folder is None:
+        return Several()
+    lines = JsonLines(folder / "metrics.jsonl", start)
+    if "://" in str(folder):
+        return Several(lines)
+    return Several(lines, TensorBoard(folder, start))

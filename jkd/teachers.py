@@ -1,0 +1,59 @@
+"""Teachers that are named, averaged, or not what they seem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jkd.config import Ensemble
+from jkd.context import Context, build
+from jkd.errors import InputError
+from jkd.state import Frozen, State
+from jkd.step import models_of
+from jkd.types import Batch, Model
+
+
+def named(teacher: str | Ensemble, artifacts: Mapping[str, Any]) -> Model:
+    """The Model that a run's teacher stands for, with names looked up among the earlier nodes' artifacts.
+
+    Raises:
+        InputError: a name whose node gave no Model.
+    """
+    if isinstance(teacher, Ensemble):
+        from jkd import models
+
+        members = [named(member, artifacts) if isinstance(member, str) else build(member) for member in teacher.members]
+        return models.ensemble(members, mean=teacher.mean)
+    found = artifacts[teacher]
+    if not isinstance(found, Model):
+        raise InputError(f"teacher={teacher!r}: that node gave a {type(found).__name__}, no Model")
+    return found
+
+
+def check_logits(ctx: Context, state: State, frozen: Frozen, batch: Batch) -> None:
+    """Looks at a teacher's answers to one batch.
+
+    Raises:
+        InputError: they are probabilities (no entry negative, every row sums to 1), or not finite.
+    """
+    if ctx.teacher_outputs is None or not ctx.teacher_outputs.has_logits:
+        return
+
+    def look(state: State, frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        outputs = models_of(ctx, state, frozen).teacher(batch, taps=())
+        assert outputs is not None
+        logits = outputs.logits.astype(jnp.float32)
+        sums_to_one = jnp.all(jnp.abs(logits.sum(-1) - 1) < 1e-2)
+        return sums_to_one & jnp.all(logits >= 0), jnp.all(jnp.isfinite(logits))
+
+    probabilities, finite = jax.device_get(jax.jit(look)(state, frozen, batch))
+    name = ctx.networks["teacher"].name
+    if probabilities and ctx.classes != 1:
+        raise InputError(
+            f"teacher {name} returns probabilities where logits are wanted; adapt it with output=lambda p: jnp.log(p)"
+        )
+    if not finite:
+        raise InputError(f"teacher {name} gives answers that are not finite on the first batch; check its weights and dtype")

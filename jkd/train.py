@@ -1,0 +1,481 @@
+"""The loop: batches in, steps dispatched, numbers out, checkpoints kept. The step itself is `jkd.step`.
+
+The device never waits for the host: while step n runs, batch n+1 is read and the metrics of step n-1 are fetched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from jkd import fingerprint, metrics, provenance, sharding, teachers, trees
+from jkd.checkpoint import Checkpoints
+from jkd.config import Ensemble, Experiment, Run, dependencies, every
+from jkd.context import Context, context
+from jkd.errors import InputError
+from jkd.evaluate import make_evaluate
+from jkd.recipe import Recipe
+from jkd.state import Frozen, State, freeze, init_state, state_shapes, state_shardings
+from jkd.step import make_prepare, make_step, make_term_gradients, models_of
+from jkd.types import Batch, Model
+
+Summary = dict[str, Any]
+
+
+class Stopped(Exception):
+    """A signal came; the state is saved and the same call resumes it."""
+
+    def __init__(self, run: str, step: int, workdir: epath.Path | None):
+        self.run, self.step, self.workdir = run, step, workdir
+        super().__init__(f"stopped {run} at step {step}")
+
+
+class Failed(Exception):
+    """Training cannot go on (a loss that is not finite)."""
+
+
+class Listener:
+    """What a training tells whoever watches it. The base class stays silent; override what you want to hear."""
+
+    def run_started(self, name: str, ctx: Context, start: int) -> None:
+        """A run begins, or goes on, after ``start`` updates."""
+
+    def stepped(self, name: str, step: int, steps: int, values: Mapping[str, float], examples_per_s: float) -> None:
+        """The metrics of an update have arrived (one update after it was dispatched)."""
+
+    def evaluated(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """An evaluation is done."""
+
+    def message(self, text: str) -> None:
+        """A line for the user."""
+
+    def run_finished(self, name: str, summary: Summary) -> None:
+        """A run is done."""
+
+    def skipped(self, name: str, summary: Summary) -> None:
+        """A run was done already."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a training leaves.
+
+    Args:
+        state: the last run's final state.
+        student: the last run's product (`Recipe.deploy`), a Model that holds its weights.
+        metrics: the last run's final evaluation.
+        summary: ``{run: {parameters, accuracy, nll, ece, agreement, examples_per_s, steps, params_sha256, …}}``.
+        artifacts: every node's artifact by name.
+    """
+
+    state: State | None
+    student: Model | None
+    metrics: dict[str, float]
+    summary: dict[str, Summary]
+    artifacts: dict[str, Any]
+
+
+def train(experiment: Experiment | Run, workdir: Any = None, *, listener: Listener | None = None) -> Result:
+    """Trains every run of an experiment, in order; what is finished in ``workdir`` is not trained again.
+
+    Args:
+        experiment: an Experiment, or a Run (which becomes an experiment with the one node ``student``).
+        workdir: folder for checkpoints, metrics and ``summary.json``, local or remote (``gs://…``); None keeps nothing.
+        listener: hears how it goes.
+
+    Raises:
+        InputError: a mistake in the experiment, or a ``workdir`` that holds another one.
+        Stopped: SIGTERM or SIGINT came; the same call goes on from there.
+        Failed: a loss is not finite.
+    """
+    experiment = Experiment(student=experiment) if isinstance(experiment, Run) else experiment
+    listener = listener or Listener()
+    folder = None if workdir is None else claim(epath.Path(workdir), experiment)
+    used = {name for node in experiment.nodes.values() for name in dependencies(node)}
+    done: dict[str, _Finished] = {}
+    artifacts: dict[str, Any] = {}
+    with _Signals() as signals:
+        for name, node in experiment.nodes.items():
+            earlier = {needed: _value(artifacts[needed]) for needed in dependencies(node)}
+            if not isinstance(node, Run):
+                node = node(**earlier)
+            elif isinstance(node.teacher, (str, Ensemble)):
+                node = dataclasses.replace(node, teacher=teachers.named(node.teacher, earlier))
+            if not isinstance(node, Run):
+                artifacts[name] = node
+                continue
+            run = _Training(name, node, None if folder is None else folder / name, listener, signals)
+            done[name] = finished = run.finished() or run.train()
+            if name in used and finished.summary["agreement"] is None:
+                finished.summary["agreement"] = 1.0  # it is what the others are held against
+            artifacts[name] = finished
+            if folder is not None and jax.process_index() == 0:
+                summary = {each: finished.summary for each, finished in done.items()}
+                (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    last = done[list(done)[-1]] if done else None
+    return Result(
+        state=last.load()[0] if last else None,
+        student=last.load()[1] if last else None,
+        metrics=last.metrics if last else {},
+        summary={name: finished.summary for name, finished in done.items()},
+        artifacts={name: _value(artifact) for name, artifact in artifacts.items()},
+    )
+
+
+def claim(folder: epath.Path, experiment: Experiment) -> epath.Path:
+    """Makes the folder and writes the resolved config into it, or checks that it holds this very config.
+
+    Raises:
+        InputError: it cannot be written, or it holds another config (the message lists the differences).
+    """
+    wanted = fingerprint.to_json(experiment)
+    file = folder / "config.json"
+    try:
+        if file.exists():
+            there = json.loads(file.read_text())
+            if there != wanted:
+                differences = fingerprint.differences(there, wanted)
+                raise InputError(f"workdir {folder} holds another config ({'; '.join(differences[:5])}); give another --workdir")
+        elif jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(wanted, indent=1) + "\n")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"workdir {folder} cannot be used: {error}") from error
+    return folder
+
+
+def _value(artifact: Any) -> Any:
+    return artifact.load()[1] if isinstance(artifact, _Finished) else artifact
+
+
+@dataclasses.dataclass
+class _Finished:
+    """A run that is done; its weights are read back from its checkpoint only if somebody asks."""
+
+    summary: Summary
+    metrics: dict[str, float]
+    load: Callable[[], tuple[State, Model]]
+
+
+class _Training:
+    """One run: builds its programs, and keeps what the loop needs between steps."""
+
+    def __init__(self, name: str, run: Run, folder: epath.Path | None, listener: Listener, signals: _Signals):
+        self.name, self.run, self.folder, self.listener, self.signals = name, run, folder, listener, signals
+        self.ctx = context(run)
+        self.process = (jax.process_index(), jax.process_count())
+        self.checkpoints = None
+        if folder is not None:
+            self.checkpoints = Checkpoints(folder / "checkpoints", keep=run.keep, best=run.best, report=listener.message)
+
+    def finished(self) -> _Finished | None:
+        """The run as it ended, if it did."""
+        if self.folder is None or not (self.folder / "result.json").exists():
+            return None
+        result = json.loads((self.folder / "result.json").read_text())
+        self.listener.skipped(self.name, result["summary"])
+
+        @_once
+        def load() -> tuple[State, Model]:
+            restored = self._restore()
+            if restored is None:
+                raise InputError(f"{self.folder}: the finished run has lost its checkpoints; remove the folder to train it again")
+            return restored[0], self._product(restored[0], freeze(self.ctx))
+
+        return _Finished(result["summary"], result["metrics"], load)
+
+    def train(self) -> _Finished:
+        ctx, run, steps = self.ctx, self.run, self.run.steps
+        restored = self._restore()
+        if restored is None:
+            state, frozen = init_state(ctx, jax.random.key(run.seed))
+            start, weights = 0, None
+        else:
+            state, meta, start = restored
+            frozen, weights = freeze(ctx), meta.get("sampling_weights")
+        self._programs(frozen)
+        writer = metrics.writers(self.folder if self.process[0] == 0 else None, start)
+        self.listener.run_started(self.name, ctx, start)
+        self._check_teacher(state, frozen)
+        feed = _Feed(self, start, weights)
+        clock = _Stopwatch(run.batch_size)
+        evaluations, saves = (every(value, steps) for value in (run.evaluate_every, run.checkpoint_every))
+        pending: tuple[int, Any] | None = None
+        evaluation: dict[str, float] = {}
+        try:
+            for step in range(start, steps):
+                batch = feed.next(state, frozen, step)
+                state, values = self.step(state, frozen, batch)
+                if step + 1 < steps:
+                    feed.read_ahead(state, frozen, step + 1)
+                if pending is not None:
+                    self._arrived(*pending, writer, clock)
+                pending, done = (step, values), step + 1
+                stopping = self.signals.stop(done)
+                evaluating = done == steps or (evaluations and done % evaluations == 0)
+                saving = done == steps or (saves and done % saves == 0) or stopping
+                if evaluating or saving:
+                    # no save, and no evaluation, of a step whose own numbers have not been seen
+                    self._arrived(*pending, writer, clock)
+                    pending = None
+                    with clock.paused():
+                        if evaluating:
+                            evaluation = self._evaluate(state, frozen, batch, done, writer)
+                        if saving and self.checkpoints is not None:
+                            self.checkpoints.save(done, state, self._meta(done, feed.weights), evaluation if evaluating else None)
+                            writer.flush()
+                if stopping and done < steps:
+                    if self.checkpoints is not None:
+                        self.checkpoints.wait()
+                    raise Stopped(self.name, done, self.folder)
+                if done < steps and feed.resamples(done):
+                    feed.resample(state, done)
+        finally:
+            feed.close()
+            writer.close()
+            if self.checkpoints is not None:
+                self.checkpoints.close()
+        return self._finish(state, frozen, evaluation, clock)
+
+    def _programs(self, frozen: Frozen) -> None:
+        ctx, run = self.ctx, self.run
+        self.step = make_step(ctx)
+        self.prepare = make_prepare(ctx)
+        self.term_gradients = make_term_gradients(ctx)
+        self.evaluation: Callable[[State, Frozen], dict[str, float]] | None = None
+        if run.data is not None and run.data.has_eval:
+            data, size = run.data, self._eval_batch_size()
+            batches = lambda: data.eval_batches(size, process=self.process)  # noqa: E731
+            self.evaluation = make_evaluate(ctx, batches, ema=run.evaluate_ema)
+
+    def _eval_batch_size(self) -> int:
+        """The training batch, or the smallest multiple of the mesh that holds a smaller evaluation set."""
+        assert self.run.data is not None
+        shards = self.ctx.batch_shards
+        return min(self.run.batch_size, -(-self.run.data.eval_size // shards) * shards)
+
+    def _restore(self) -> tuple[State, dict[str, Any], int] | None:
+        if self.checkpoints is None:
+            return None
+        places = state_shardings(self.ctx)
+        like = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state_shapes(self.ctx), places
+        )
+        return self.checkpoints.restore(like)
+
+    def _meta(self, step: int, weights: np.ndarray | None) -> dict[str, Any]:
+        meta: dict[str, Any] = {
+            "position": step,  # global batches trained on
+            "config": fingerprint.to_json(self.run),
+            "revision": provenance.code_revision(),
+            "versions": provenance.package_versions(),
+        }
+        return meta if weights is None else meta | {"sampling_weights": weights}
+
+    def _check_teacher(self, state: State, frozen: Frozen) -> None:
+        if not frozen["params"].get("teacher"):
+            return
+        assert self.run.data is not None
+        rows = next(self.run.data.batches(self.run.batch_size, seed=self.run.seed, process=self.process))
+        teachers.check_logits(self.ctx, state, frozen, sharding.put_batch(rows, self.ctx.mesh))
+        floor = self.run.require_teacher_accuracy
+        if floor is not None and self.evaluation is not None:
+            accuracy = self.evaluation(state, frozen).get("teacher_accuracy", math.nan)
+            if not accuracy > floor:
+                raise InputError(
+                    f"the teacher's accuracy is {accuracy:.4f}; Run.require_teacher_accuracy = {floor}: check its weights, its "
+                    "preprocess and the order of its classes"
+                )
+
+    def _arrived(self, step: int, values: Any, writer: metrics.Writer, clock: _Stopwatch) -> None:
+        """Metrics of a dispatched step are here: look at them, write them, tell them."""
+        found = {name: float(value) for name, value in jax.device_get(values).items()}
+        if not (math.isfinite(found["loss"]) and math.isfinite(found["gradient_norm"])):
+            bad = [name.removeprefix("term/") for name, value in found.items() if name.startswith("term/") and not math.isfinite(value)]
+            cause = f"the term {bad[0]!r} is {found['term/' + bad[0]]}" if bad else "every term is finite, a gradient is not"
+            kept = self.checkpoints.steps() if self.checkpoints is not None else []
+            last = f"the last good checkpoint is step {kept[-1]}" if kept else "there is no checkpoint yet"
+            raise Failed(f"{self.name}: step {step + 1} is not finite: {cause}; {last}")
+        rate = clock.tick()
+        if (step + 1) % self.run.log_every == 0 or step == 0:
+            idle = {name.partition("/")[2] for name, value in found.items() if name.startswith("coef/") and value == 0}
+            kept_values = {name: value for name, value in found.items() if name.partition("/")[2] not in idle}
+            writer.write(step + 1, {f"train/{name}": value for name, value in kept_values.items()} | {"train/examples_per_s": rate})
+        self.listener.stepped(self.name, step + 1, self.run.steps, found, rate)
+
+    def _evaluate(self, state: State, frozen: Frozen, batch: Batch, step: int, writer: metrics.Writer) -> dict[str, float]:
+        found = self.evaluation(state, frozen) if self.evaluation is not None else {}
+        gradients = {name: float(value) for name, value in jax.device_get(self.term_gradients(state, frozen, batch)).items()}
+        values = {f"eval/{name}": value for name, value in found.items()}
+        writer.write(step, values | {f"gradient/{name}": value for name, value in gradients.items()})
+        self.listener.evaluated(self.name, step, found)
+        return found
+
+    def _product(self, state: State, frozen: Frozen) -> Model:
+        return self.ctx.recipe.deploy(models_of(self.ctx, state, frozen, ema=self.run.evaluate_ema))
+
+    def _finish(self, state: State, frozen: Frozen, evaluation: dict[str, float], clock: _Stopwatch) -> _Finished:
+        product = self._product(state, frozen)
+        everywhere = jax.sharding.NamedSharding(self.ctx.mesh, jax.sharding.PartitionSpec())
+        gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
+        digest = trees.sha256(jax.tree.map(lambda leaf: np.asarray(gather(leaf)), product.params))
+        summary: Summary = {
+            "parameters": trees.count(product.params),
+            **{name: evaluation.get(name) for name in ("accuracy", "nll", "ece", "agreement", "kl")},
+            "examples_per_s": clock.mean(),
+            "steps": self.run.steps,
+            "params_sha256": digest,
+        }
+        if self.folder is not None and self.process[0] == 0:
+            result = {"summary": summary, "metrics": evaluation}
+            (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        self.listener.run_finished(self.name, summary)
+        return _Finished(summary, evaluation, lambda: (state, product))
+
+
+class _Feed:
+    """Batches of a run, one ahead of the step that trains on them."""
+
+    def __init__(self, training: _Training, start: int, weights: np.ndarray | None):
+        if training.run.data is None:
+            raise InputError("Run.data = None: train() needs data; feed batches by hand to jkd.make_step instead")
+        self._training, self.weights = training, None if weights is None else np.asarray(weights)
+        self._prepare = training.prepare
+        self._samples = type(training.run.recipe).sampling is not Recipe.sampling
+        self._ready: Batch | None = None
+        self._open(start)
+
+    def _open(self, start: int) -> None:
+        run = self._training.run
+        assert run.data is not None
+        self._rows: Iterator[Batch] = run.data.batches(
+            run.batch_size, seed=run.seed, start=start, process=self._training.process, weights=self.weights
+        )
+
+    def read_ahead(self, state: State, frozen: Frozen, step: int) -> None:
+        """Reads the batch of a step, and prepares it where that needs nothing that training changes."""
+        if self.resamples(step):
+            return  # the batch depends on what the recipe says once this step's memory is there
+        batch = sharding.put_batch(next(self._rows), self._training.ctx.mesh)
+        if self._prepare is not None and self._prepare[1]:
+            batch = self._prepare[0](state, frozen, batch, jnp.int32(step))
+        self._ready = batch
+
+    def next(self, state: State, frozen: Frozen, step: int) -> Batch:
+        """The batch of a step."""
+        if self._ready is None:
+            self._ready = sharding.put_batch(next(self._rows), self._training.ctx.mesh)
+            if self._prepare is not None and self._prepare[1]:
+                self._ready = self._prepare[0](state, frozen, self._ready, jnp.int32(step))
+        batch, self._ready = self._ready, None
+        if self._prepare is not None and not self._prepare[1]:
+            batch = self._prepare[0](state, frozen, batch, jnp.int32(step))
+        return batch
+
+    def resamples(self, step: int) -> bool:
+        """Whether the recipe is asked for sampling weights before this step."""
+        return self._samples and step % self._training.run.sample_every == 0
+
+    def resample(self, state: State, step: int) -> None:
+        """Asks the recipe which examples to draw from now on."""
+        weights = self._training.run.recipe.sampling(sharding.local(state.memory))
+        if weights is not None:
+            self.weights = np.asarray(weights)
+            self.close()
+            self._open(step)
+
+    def close(self) -> None:
+        close = getattr(self._rows, "close", None)
+        if close is not None:
+            close()
+
+
+class _Stopwatch:
+    """Examples a second, without compilation (the first two steps), evaluations and saves."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size, self._ticks, self._spent = batch_size, 0, 0.0
+        self._last: float | None = None
+        self._recent = 0.0
+
+    def tick(self) -> float:
+        now = time.perf_counter()
+        if self._ticks >= 2 and self._last is not None:
+            took = now - self._last
+            self._spent += took
+            self._recent = 0.95 * self._recent + 0.05 * took if self._recent else took
+        self._ticks, self._last = self._ticks + 1, now
+        return self._batch_size / self._recent if self._recent else 0.0
+
+    def paused(self) -> Any:
+        watch = self
+
+        class Pause:
+            def __enter__(self) -> None:
+                self.start = time.perf_counter()
+
+            def __exit__(self, *_: Any) -> None:
+                if watch._last is not None:
+                    watch._last += time.perf_counter() - self.start
+
+        return Pause()
+
+    def mean(self) -> float | None:
+        return (self._ticks - 2) * self._batch_size / self._spent if self._spent else None
+
+
+class _Signals:
+    """SIGTERM and SIGINT as a wish to stop after the step that runs; a second one ends the process at once.
+
+    With several processes jax.distributed owns SIGTERM: all of them learn at the same step that one was told to stop.
+    """
+
+    def __init__(self) -> None:
+        self._wish = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._wished)
+        return self
+
+    def _wished(self, number: int, frame: Any) -> None:
+        self._wish = True
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def stop(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._wish
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _once(function: Callable[[], Any]) -> Callable[[], Any]:
+    found: list[Any] = []
+
+    def call() -> Any:
+        if not found:
+            found.append(function())
+        return found[0]
+
+    return call
