@@ -11,6 +11,8 @@ TinyBERT leave it out: ``coef = 1 / temperature**2`` makes a term equal to their
 from __future__ import annotations
 
 from jkd.losses.activations import activation_boundary, overhaul
+from jkd.losses.attention import attention_kl, attention_scores_mse, self_relation_kl, value_relation_kl
+from jkd.losses.contrastive import crd, info_nce, soft_contrastive
 from jkd.losses.correlations import batch_correlation, class_correlation, dist
 from jkd.losses.decoupled import binary_kl, binary_kl_norm, dkd, nkd, uskd, wsld
 from jkd.losses.divergences import (
@@ -41,6 +43,7 @@ from jkd.losses.maps import (
     fsp,
     neuron_selectivity,
 )
+from jkd.losses.ranking import decoupled_softmax, listwise_kl, margin_mse, pld, soft_top_k
 from jkd.losses.relations import (
     correlation_congruence,
     inter_channel,
@@ -49,6 +52,7 @@ from jkd.losses.relations import (
     similarity_preserving,
 )
 from jkd.losses.rkd import rkd_angle, rkd_distance
+from jkd.losses.sparse import sampled_forward_kl, topk_forward_kl, topk_reverse_kl, uld
 
 __all__ = [
     # divergences
@@ -75,6 +79,17 @@ __all__ = [
     "dist",
     "class_correlation",
     "batch_correlation",
+    # ranking and retrieval
+    "pld",
+    "margin_mse",
+    "listwise_kl",
+    "decoupled_softmax",
+    "soft_top_k",
+    # sparse teachers, other vocabularies
+    "topk_forward_kl",
+    "topk_reverse_kl",
+    "sampled_forward_kl",
+    "uld",
     # features
     "mse",
     "cosine_distance",
@@ -98,4 +113,13 @@ __all__ = [
     "correlation_congruence",
     "inter_channel",
     "linear_cka_distance",
+    # attention
+    "attention_scores_mse",
+    "attention_kl",
+    "value_relation_kl",
+    "self_relation_kl",
+    # contrastive
+    "info_nce",
+    "soft_contrastive",
+    "crd",
 ]

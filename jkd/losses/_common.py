@@ -104,12 +104,12 @@ def check_labels(labels: Any, logits: Any, *, name: str = "labels", logits_name:
         )
 
 
-def check_where(where: Any, shape: tuple[int, ...], *, meaning: str) -> None:
+def check_where(where: Any, shape: tuple[int, ...], *, meaning: str, name: str = "where") -> None:
     """A mask of that shape (True or 1 = counted)."""
     if not hasattr(where, "dtype") or not (jnp.issubdtype(where.dtype, jnp.bool_) or jnp.issubdtype(where.dtype, jnp.number)):
-        raise TypeError(f"where must be a boolean or 0/1 array {meaning}, got {type(where).__name__}")
+        raise TypeError(f"{name} must be a boolean or 0/1 array {meaning}, got {type(where).__name__}")
     if np.shape(where) != tuple(shape):
-        raise ValueError(f"where must be {meaning} = {list(shape)}, got {describe(where)}")
+        raise ValueError(f"{name} must be {meaning} = {list(shape)}, got {describe(where)}")
 
 
 # --- softmax and divergences between log-probabilities ------------------------------------------------------------------

@@ -56,9 +56,9 @@ def dist(
         [DIST] Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv:2205.10536, equations 8-10.
 
     Example:
-        >>> logits = jnp.array([[1.0, 0.0], [0.0, 3.0]])
-        >>> dist(2 * logits, logits, temperature=1.0).round(4).tolist()
-        [0.0018, 0.0018]
+        >>> logits = jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
+        >>> print(f"{dist(2 * logits, logits, temperature=1.0).mean():.4f}")
+        0.0018
     """
     q, p, weight = _probabilities(student_logits, teacher_logits, temperature, where)
     rows = 1 - _pearson(q, p, None, 1)
@@ -91,8 +91,8 @@ def class_correlation(
         The code means to mask classes but multiplies the number by the mask's mean; there is no mask here.
 
     Example:
-        >>> class_correlation(jnp.array([[9.0, -9.0]]), jnp.array([[-9.0, 9.0]]), temperature=1.0).round(4).tolist()
-        [1.0]
+        >>> print(f"{class_correlation(jnp.array([[9.0, -9.0]]), jnp.array([[-9.0, 9.0]]), temperature=1.0).mean():.4f}")
+        1.0
     """
     q, p, _ = _probabilities(student_logits, teacher_logits, temperature, where)
     batch, classes = q.shape
@@ -130,8 +130,8 @@ def batch_correlation(
         [MLLD, BC] Jin et al., "Multi-Level Logit Distillation", CVPR 2023, equation 5.
 
     Example:
-        >>> batch_correlation(jnp.array([[9.0, -9.0]]), jnp.zeros((1, 2)), temperature=1.0).round(4).tolist()
-        [0.25]
+        >>> print(f"{batch_correlation(jnp.array([[9.0, -9.0]]), jnp.zeros((1, 2)), temperature=1.0).mean():.4f}")
+        0.25
     """
     q, p, _ = _probabilities(student_logits, teacher_logits, temperature, where)
     return jnp.sum((q @ q.T - p @ p.T) ** 2, axis=1)

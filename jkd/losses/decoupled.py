@@ -86,7 +86,7 @@ def dkd(
 
     Example:
         >>> student, teacher = jnp.array([2.0, 1.0, 0.0]), jnp.array([3.0, 0.0, 1.0])
-        >>> dkd(student, teacher, jnp.array(0), alpha=1.0, beta=8.0, temperature=4.0).round(4).item()
+        >>> print(f"{dkd(student, teacher, jnp.array(0), alpha=1.0, beta=8.0, temperature=4.0):.4f}")
         4.0163
     """
     student, teacher = _checked(student_logits, teacher_logits, labels)
@@ -121,7 +121,7 @@ def nkd(
         and Customized Soft Labels", ICCV 2023, arXiv:2303.13005, equation 6.
 
     Example:
-        >>> nkd(jnp.zeros(3), jnp.zeros(3), jnp.array(0), gamma=1.0).round(4).item()
+        >>> print(f"{nkd(jnp.zeros(3), jnp.zeros(3), jnp.array(0), gamma=1.0):.4f}")
         1.0593
     """
     student, teacher = _checked(student_logits, teacher_logits, labels)
@@ -169,8 +169,8 @@ def uskd(
         fraction; so has this.
 
     Example:
-        >>> uskd(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.array([0, 1])).round(4).tolist()
-        [1.1734, 1.1734]
+        >>> print(f"{uskd(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.array([0, 1])).mean():.4f}")
+        1.1734
     """
     student, weak = _checked(student_logits, weak_logits, labels, teacher="weak_logits")
     if where is not None:
@@ -183,8 +183,8 @@ def uskd(
     label = is_label(labels, student.shape[-1])
     w = jnp.exp(log_w)
     order = w / (1 - at_label(w, labels)[..., None] + 1e-6) + log_q / (1 - label_q[..., None] + 1e-6)
-    order = jax.lax.stop_gradient(jnp.where(label, -jnp.inf, order))
-    # The rank of each class is the inverse of the sorting permutation; the label comes last and has no share.
+    # The rank of each class is the inverse of the sorting permutation. The label keeps its place in it but has no share.
+    order = jax.lax.stop_gradient(order)
     rank = jnp.argsort(jnp.argsort(-order, axis=-1, stable=True), axis=-1, stable=True) + 1
     share = jnp.where(label, 0, 1 / rank.astype(student.dtype))
     share /= jnp.sum(share, axis=-1, keepdims=True)
@@ -218,7 +218,7 @@ def wsld(
         2021, arXiv:2102.00650, equation 12.
 
     Example:
-        >>> wsld(jnp.zeros(3), jnp.zeros(3), jnp.array(0), temperature=1.0).round(4).item()
+        >>> print(f"{wsld(jnp.zeros(3), jnp.zeros(3), jnp.array(0), temperature=1.0):.4f}")
         0.6945
     """
     check_classes(student_logits, teacher_logits)
@@ -255,7 +255,7 @@ def binary_kl(
         The code adds 1e-8 inside its logarithms; here they are exact.
 
     Example:
-        >>> binary_kl(jnp.array([0.0]), jnp.array([2.0]), temperature=1.0).round(4).item()
+        >>> print(f"{binary_kl(jnp.array([0.0]), jnp.array([2.0]), temperature=1.0):.4f}")
         0.3278
     """
     check_classes(student_logits, teacher_logits)
@@ -287,7 +287,7 @@ def binary_kl_norm(
         Head", AAAI 2025, arXiv:2411.08937, equation 8.
 
     Example:
-        >>> binary_kl_norm(jnp.array([0.0]), jnp.array([2.0]), temperature=1.0).round(4).item()
+        >>> print(f"{binary_kl_norm(jnp.array([0.0]), jnp.array([2.0]), temperature=1.0):.4f}")
         0.4338
     """
     check_classes(student_logits, teacher_logits)

@@ -47,8 +47,8 @@ def cross_entropy(
         [CE, LS] Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7.
 
     Example:
-        >>> cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3])).round(4).tolist()
-        [1.3863, 1.3863]
+        >>> print(f"{cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3])).mean():.4f}")
+        1.3863
     """
     check_rank(1, "[..., classes]", student_logits=student_logits)
     check_nonempty(-1, "classes", student_logits=student_logits)
@@ -103,7 +103,7 @@ def soft_cross_entropy(
         DistiLLM calls this forward KL. TinyBERT averages over the classes too: ``coef = 1 / (C T²)`` gives its number.
 
     Example:
-        >>> soft_cross_entropy(jnp.zeros(4), jnp.zeros(4)).round(4).item()
+        >>> print(f"{soft_cross_entropy(jnp.zeros(4), jnp.zeros(4)):.4f}")
         1.3863
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
@@ -134,7 +134,7 @@ def forward_kl(
 
     Example:
         >>> teacher = jnp.log(jnp.array([0.5, 0.25, 0.25]))
-        >>> forward_kl(jnp.zeros(3), teacher).round(4).item()
+        >>> print(f"{forward_kl(jnp.zeros(3), teacher):.4f}")
         0.0589
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
@@ -162,7 +162,7 @@ def reverse_kl(
 
     Example:
         >>> teacher = jnp.log(jnp.array([0.5, 0.25, 0.25]))
-        >>> reverse_kl(jnp.zeros(3), teacher).round(4).item()
+        >>> print(f"{reverse_kl(jnp.zeros(3), teacher):.4f}")
         0.0566
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
@@ -193,7 +193,7 @@ def jeffreys(
         The paper writes the Jensen-Shannon divergence (`js` with ``beta=0.5``); PaddleClas, the authors' code, computes this.
 
     Example:
-        >>> jeffreys(jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0])).round(4).item()
+        >>> print(f"{jeffreys(jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0])):.4f}")
         0.4621
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
@@ -224,7 +224,7 @@ def js(
         equation 1.
 
     Example:
-        >>> js(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0])).round(4).item()
+        >>> print(f"{js(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0])):.4f}")
         0.6931
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
@@ -264,7 +264,7 @@ def skew_forward_kl(
         The code leaves out the constant - H(p), so the number that it prints is not a divergence; the gradient is the same.
 
     Example:
-        >>> skew_forward_kl(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0]), lam=0.1).round(4).item()
+        >>> print(f"{skew_forward_kl(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0]), lam=0.1):.4f}")
         2.3026
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
@@ -294,7 +294,7 @@ def skew_reverse_kl(
         section 3.1.
 
     Example:
-        >>> skew_reverse_kl(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0]), lam=0.1).round(4).item()
+        >>> print(f"{skew_reverse_kl(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0]), lam=0.1):.4f}")
         2.3026
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
@@ -321,8 +321,8 @@ def total_variation(
         [TVD] Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023, arXiv:2307.15190.
 
     Example:
-        >>> total_variation(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.8, 0.2]))).round(4).item()
-        0.3
+        >>> print(f"{total_variation(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.8, 0.2]))):.4f}")
+        0.3000
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
     return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)

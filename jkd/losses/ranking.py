@@ -1,0 +1,263 @@
+"""Losses that carry a teacher's ranking over: of classes (PLD), of documents for a query, of labels among very many."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jkd.losses._common import (
+    check_classes,
+    check_labels,
+    check_numeric,
+    check_rank,
+    check_same_shape,
+    check_where,
+    describe,
+    is_label,
+    kl,
+    log_softmax,
+    masked_logsumexp,
+    promote,
+)
+from jkd.losses._typing import Array, Bool, Float, Int, PerPosition, Real, Scalar
+
+
+def pld(
+    student_logits: Real[Array, "*batch classes"],
+    teacher_logits: Real[Array, "*batch classes"],
+    labels: Int[Array, "*batch"],
+    *,
+    teacher_temperature: PerPosition = 1.0,
+) -> Float[Array, "*batch"]:
+    """``sum_k p_o(k) (log sum_(j >= k) exp z_s,o(j) - z_s,o(k))``, o = the label, then the classes by falling teacher logit.
+
+    A weighted Plackett-Luce likelihood of the teacher's ranking; convex in the student's logits. A teacher certain of the label
+    makes it the cross-entropy.
+
+    Args:
+        student_logits: ``[..., classes]``.
+        teacher_logits: ``[..., classes]``. Equal logits keep the order of the classes.
+        labels: int ``[...]``.
+        teacher_temperature: of the weights p = softmax(z_t / T). The paper uses 1. No T² (the student has no temperature).
+
+    Returns:
+        ``[...]`` in nats. It takes the place of both cross-entropy and distillation.
+
+    Source:
+        [PLD] "PLD: A Choice-Theoretic List-Wise Knowledge Distillation", NeurIPS 2025, arXiv:2506.12542.
+
+    Code versus paper:
+        No code was published. The label's weight is the teacher's own probability of it.
+
+    Example:
+        >>> print(f"{pld(jnp.zeros(3), jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.array(0)):.4f}")
+        0.7226
+    """
+    check_classes(student_logits, teacher_logits)
+    check_labels(labels, student_logits)
+    student, teacher = promote(student_logits, teacher_logits)
+    log_p = log_softmax(teacher, teacher_temperature)
+    key = jnp.where(is_label(labels, teacher.shape[-1]), -jnp.inf, -teacher)
+    _, student, log_p = jax.lax.sort((key, student, log_p), dimension=-1, num_keys=1, is_stable=True)
+    remaining = jax.lax.cumlogsumexp(student, axis=student.ndim - 1, reverse=True)
+    return jnp.sum(jnp.exp(log_p) * (remaining - student), axis=-1)
+
+
+def margin_mse(
+    student_positive: Real[Array, "*batch"],
+    student_negative: Real[Array, "*batch"],
+    teacher_positive: Real[Array, "*batch"],
+    teacher_negative: Real[Array, "*batch"],
+) -> Float[Array, "*batch"]:
+    """``((s+ - s-) - (t+ - t-))²``: margins, so that the two models' scores may have any offset.
+
+    Args:
+        student_positive: ``[...]``, score of the relevant document for each query.
+        student_negative: ``[...]``, score of the other document.
+        teacher_positive: ``[...]``; the paper takes the mean score of an ensemble.
+        teacher_negative: ``[...]``.
+
+    Returns:
+        ``[...]``, squared scores.
+
+    Source:
+        [Margin-MSE] Hofstätter et al., "Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge
+        Distillation", 2020, arXiv:2010.02666, equation 6.
+
+    Example:
+        >>> margin_mse(jnp.array([3.0]), jnp.array([1.0]), jnp.array([10.0]), jnp.array([9.0])).tolist()
+        [1.0]
+    """
+    scores = {
+        "student_positive": student_positive,
+        "student_negative": student_negative,
+        "teacher_positive": teacher_positive,
+        "teacher_negative": teacher_negative,
+    }
+    check_numeric(**scores)
+    check_same_shape(**scores)
+    s_positive, s_negative, t_positive, t_negative = promote(*scores.values())
+    return ((s_positive - s_negative) - (t_positive - t_negative)) ** 2
+
+
+def listwise_kl(
+    student_scores: Real[Array, "*batch candidates"],
+    teacher_scores: Real[Array, "*batch candidates"],
+    *,
+    temperature: Scalar = 0.02,
+    teacher_temperature: Scalar | None = None,
+    where: Bool[Array, "*batch candidates"] | Real[Array, "*batch candidates"] | None = None,
+) -> Float[Array, "*batch"]:
+    """``sum_j p_j (log p_j - log q_j)``, p = softmax(t / T_t) and q = softmax(s / T) over one query's candidates.
+
+    Args:
+        student_scores: ``[..., candidates]``, e.g. cosines of the query with the positive and the hard negatives.
+        teacher_scores: ``[..., candidates]``, e.g. a reranker's relevance.
+        temperature: T. UniME-V2 trains with 0.02. No T²: it is the scale of the scores, not a softening of both.
+        teacher_temperature: T_t; None takes T.
+        where: ``[..., candidates]``, which candidates there are (false negatives left out); a row with none gives 0.
+
+    Returns:
+        ``[...]`` in nats.
+
+    Source:
+        [listwise KD] Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML 2007, with KL in place of
+        cross-entropy; for embeddings in Gu et al., "UniME-V2: MLLM-as-a-Judge for Universal Multimodal Embedding Learning",
+        2025, arXiv:2510.13515.
+
+    Code versus paper:
+        UniME-V2 averages this and the same with the arguments swapped (`jeffreys`), with 1e-8 inside the logarithms.
+
+    Example:
+        >>> listwise_kl(jnp.array([0.9, 0.1]), jnp.array([0.9, 0.1]), temperature=0.1).item()
+        0.0
+    """
+    names = {"student": "student_scores", "teacher": "teacher_scores"}
+    check_classes(student_scores, teacher_scores, axis="candidates", **names)
+    student, teacher = promote(student_scores, teacher_scores)
+    student, teacher = student / temperature, teacher / (temperature if teacher_temperature is None else teacher_temperature)
+    if where is None:
+        return kl(log_softmax(teacher), log_softmax(student))
+    check_where(where, np.shape(student_scores), meaning="[..., candidates]")
+    keep = jnp.asarray(where) != 0
+    some = jnp.any(keep, axis=-1, keepdims=True)
+
+    def log_probabilities(scores):
+        total = jnp.where(some, masked_logsumexp(scores, keep)[..., None], 0)
+        return jnp.where(keep, scores - total, -jnp.inf)
+
+    return kl(log_probabilities(teacher), log_probabilities(student))
+
+
+def _checked_positives(student_scores, positives):
+    check_rank(1, "[..., labels]", student_scores=student_scores)
+    check_where(positives, np.shape(student_scores), name="positives", meaning="[..., labels]")
+    (scores,) = promote(student_scores)
+    keep = jnp.asarray(positives) != 0
+    count = jnp.sum(keep, axis=-1).astype(scores.dtype)
+    return scores, keep, jnp.maximum(count, 1)
+
+
+def decoupled_softmax(
+    student_scores: Real[Array, "*batch labels"],
+    positives: Bool[Array, "*batch labels"] | Real[Array, "*batch labels"],
+    *,
+    temperature: Scalar = 0.05,
+) -> Float[Array, "*batch"]:
+    """``mean over positives p of log(1 + sum_(negatives n) exp((s_n - s_p) / T))``: positives do not compete with each other.
+
+    Args:
+        student_scores: ``[..., labels]``, cosines of a query with every label.
+        positives: ``[..., labels]``, which labels are right (boolean or 0/1).
+        temperature: T. The paper uses 0.05.
+
+    Returns:
+        ``[...]`` in nats; 0 for a row without positives.
+
+    Source:
+        [DEXML] Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification", ICLR 2024, arXiv:2310.10636, equation 4.
+
+    Code versus paper:
+        The code samples one positive of each row by default; the mean over them here is what that estimates.
+
+    Example:
+        >>> print(f"{decoupled_softmax(jnp.zeros(4), jnp.array([True, True, False, False]), temperature=1.0):.4f}")
+        1.0986
+    """
+    scores, keep, count = _checked_positives(student_scores, positives)
+    scores = scores / temperature
+    negatives = masked_logsumexp(scores, ~keep)[..., None]
+    some = negatives > -jnp.inf
+    terms = jnp.where(keep & some, jax.nn.softplus(jnp.where(some, negatives, 0) - scores), 0)
+    return jnp.sum(terms, axis=-1) / count
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _threshold(scores: jax.Array, k: float) -> jax.Array:
+    """t with ``sum_c sigmoid(scores_c + t) = k``, by bisection between the two values that equal scores would give."""
+    classes = scores.shape[-1]
+    equal = np.log(k / (classes - k))
+    low, high = equal - jnp.max(scores, axis=-1), equal - jnp.min(scores, axis=-1)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        short = jnp.sum(jax.nn.sigmoid(scores + middle[..., None]), axis=-1) < k
+        return jnp.where(short, middle, low), jnp.where(short, high, middle)
+
+    # One halving for each bit of the answer.
+    low, high = jax.lax.fori_loop(0, jnp.finfo(scores.dtype).nmant + 8, halve, (low, high))
+    return (low + high) / 2
+
+
+@_threshold.defjvp
+def _threshold_jvp(k, primals, tangents):
+    (scores,), (moved,) = primals, tangents
+    threshold = _threshold(scores, k)
+    # Implicit differentiation of the constraint: sum_c v_c (ds_c + dt) = 0 with v the sigmoid's slope.
+    sigmoid = jax.nn.sigmoid(scores + threshold[..., None])
+    slope = sigmoid * (1 - sigmoid)
+    total = jnp.sum(slope, axis=-1, keepdims=True)
+    share = jnp.where(total > 0, slope / jnp.where(total > 0, total, 1), 0)
+    return threshold, -jnp.sum(share * moved, axis=-1)
+
+
+def soft_top_k(
+    student_scores: Real[Array, "*batch labels"],
+    positives: Bool[Array, "*batch labels"] | Real[Array, "*batch labels"],
+    *,
+    k: int = 5,
+    alpha: Scalar = 2.0,
+    temperature: Scalar = 0.05,
+) -> Float[Array, "*batch"]:
+    """``- mean over positives p of log sigmoid(alpha (s_p / T + t))``, t such that ``sum_c sigmoid(alpha (s_c / T + t)) = k``.
+
+    Args:
+        student_scores: ``[..., labels]``, cosines of a query with every label; more than k labels.
+        positives: ``[..., labels]``, which labels are right (boolean or 0/1).
+        k: how many labels the soft selection holds. The paper uses 5.
+        alpha: its sharpness. The paper uses 2.
+        temperature: T. The paper uses 0.05.
+
+    Returns:
+        ``[...]`` in nats; 0 for a row without positives. The gradient passes through t (by implicit differentiation).
+
+    Source:
+        [DEXML, soft top-k] Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification", ICLR 2024, arXiv:2310.10636,
+        section 4.3.
+
+    Example:
+        >>> print(f"{soft_top_k(jnp.zeros(4), jnp.array([True, False, False, False]), k=2):.4f}")
+        0.6931
+    """
+    scores, keep, count = _checked_positives(student_scores, positives)
+    if not 0 < k < scores.shape[-1]:
+        raise ValueError(
+            f"k must lie between 0 and the number of labels, got {k} for student_scores {describe(student_scores)}"
+        )
+    scores = scores * (alpha / temperature)
+    chosen = jax.nn.log_sigmoid(scores + _threshold(scores, float(k))[..., None])
+    return -jnp.sum(jnp.where(keep, chosen, 0), axis=-1) / count
