@@ -15,7 +15,6 @@ from jkd.losses._common import (
     check_rank,
     check_same_shape,
     check_where,
-    describe,
     masked_mean,
     normalize,
     promote,
@@ -256,11 +255,7 @@ def masked_generative(
     generated, teacher = promote(*features.values())
     squares = jnp.square(generated - teacher)
     if mask is not None:
-        if not hasattr(mask, "dtype") or np.shape(mask) != generated.shape[:-1]:
-            raise ValueError(
-                f"mask must be an array [batch, ...] = {list(generated.shape[:-1])} (generated_features without channels), "
-                f"got {describe(mask) if hasattr(mask, 'dtype') else type(mask).__name__}"
-            )
+        check_where(mask, squares.shape[:-1], meaning="[batch, ...] (the features without channels)", name="mask")
         kept = where_like(mask, squares)
         squares = jnp.where(kept != 0, squares, 0) * kept
     return jnp.sum(squares, axis=tuple(range(1, squares.ndim)))
