@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jkd.config import Run as Run
     from jkd.config import StudentEma as StudentEma
     from jkd.context import Context as Context
-    from jkd.context import context as context
+    from jkd.context import make_context as make_context
     from jkd.errors import InputError as InputError
     from jkd.recipe import Bank as Bank
     from jkd.recipe import Models as Models
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from jkd.state import init_state as init_state
     from jkd.step import make_eval_step as make_eval_step
     from jkd.step import make_step as make_step
-    from jkd.train import Failed as Failed
-    from jkd.train import Listener as Listener
-    from jkd.train import Result as Result
-    from jkd.train import Stopped as Stopped
-    from jkd.train import train as train
+    from jkd.loop import Failed as Failed
+    from jkd.loop import Listener as Listener
+    from jkd.loop import Result as Result
+    from jkd.loop import Stopped as Stopped
+    from jkd.loop import train as train
     from jkd.types import Model as Model
     from jkd.types import Outputs as Outputs
     from jkd.types import Preprocess as Preprocess
@@ -52,14 +52,14 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "config": ("Ema", "Ensemble", "Experiment", "Run", "StudentEma"),
-    "context": ("Context", "context"),
+    "context": ("Context", "make_context"),
     "errors": ("InputError",),
     "recipe": ("Bank", "Models", "Recipe", "Update", "Vars", "label_weight"),
     "schedules": ("Clock",),
     "sharding": ("MeshShape", "put_batch"),
     "state": ("State", "init_state"),
     "step": ("make_eval_step", "make_step"),
-    "train": ("Failed", "Listener", "Result", "Stopped", "train"),
+    "loop": ("Failed", "Listener", "Result", "Stopped", "train"),
     "types": ("Model", "Outputs", "Preprocess", "Term"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
@@ -86,7 +86,6 @@ def _load(module: str, name: str | None = None) -> Any:
             raise
         raise MissingExtra(f"jkd.{name or module} needs the package {error.name!r}: pip install 'jkd[train]'") from error
     value = loaded if name is None else getattr(loaded, name)
-    # Importing a submodule binds its name here; a function of that name (train, context) must win over it.
     globals()[name or module] = value
     return value
 

@@ -154,7 +154,7 @@ class Context:
         raise InputError(f"Run.optimizer names no optimizer for the group {group!r} and no '*' for the others")
 
 
-def context(
+def make_context(
     run: Run, batch: Batch | None = None, *, train_size: int | None = None, devices: list[Any] | None = None
 ) -> Context:
     """Resolves a run.

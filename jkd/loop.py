@@ -22,7 +22,7 @@ from etils import epath
 from jkd import fingerprint, metrics, provenance, sharding, teachers, trees
 from jkd.checkpoint import Checkpoints
 from jkd.config import Ensemble, Experiment, Run, dependencies, every
-from jkd.context import Context, context
+from jkd.context import Context, make_context
 from jkd.errors import InputError
 from jkd.evaluate import make_evaluate
 from jkd.recipe import Recipe
@@ -175,7 +175,7 @@ class _Training:
 
     def __init__(self, name: str, run: Run, folder: epath.Path | None, listener: Listener, signals: _Signals):
         self.name, self.run, self.folder, self.listener, self.signals = name, run, folder, listener, signals
-        self.ctx = context(run)
+        self.ctx = make_context(run)
         self.process = (jax.process_index(), jax.process_count())
         self.checkpoints = None
         if folder is not None:
