@@ -1,0 +1,38 @@
+"""Every file in configs/ is complete: shrunk, it resolves and its step traces, with no data at hand."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from jkd import configfile
+from jkd.config import Run
+from jkd.context import make_context
+from jkd.state import frozen_shapes, state_shapes
+from jkd.step import make_step
+
+FOLDER = Path(__file__).parent.parent / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_config_traces(path):
+    experiment = configfile.shrink(configfile.resolve(configfile.load(path)))
+    earlier = {}
+    for name, node in experiment.nodes.items():
+        assert isinstance(node, Run), f"{name}: no test of function nodes here yet"
+        import dataclasses
+
+        run = dataclasses.replace(node, teacher=earlier[node.teacher]) if isinstance(node.teacher, str) else node
+        ctx = make_context(run)
+        earlier[name] = ctx.student
+        state, metrics = jax.eval_shape(make_step(ctx), state_shapes(ctx), frozen_shapes(ctx), ctx.raw_batch)
+        assert metrics["loss"].shape == ()
+        assert jax.tree.structure(state) == jax.tree.structure(state_shapes(ctx))
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_config_says_its_command_hardware_and_result(path):
+    text = configfile.load(path).__globals__["__doc__"]
+    assert f"jkd train configs/{path.name}" in text
+    assert "easured" in text
+    assert any(word in text for word in ("CPU", "GPU", "TPU"))
