@@ -57,9 +57,10 @@ def from_nnx(
     # Annotations for flax's own eager sharding would demand a mesh here; placing arrays is the engine's part.
     with nnx.use_eager_sharding(False):
         sample = module if construct is None else nnx.eval_shape(lambda: construct(nnx.Rngs(0)))
-    if not isinstance(sample, nnx.Module):
-        raise InputError(f"from_nnx: the constructor gave {type(sample).__name__}; it must return an nnx.Module")
     network = Network.of(sample)
+    weights = network.split(sample)
+    if construct is None and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(weights)):
+        raise InputError(f"from_nnx: this {type(sample).__name__} holds shapes, not weights; pass its constructor")
 
     def init(key):
         if construct is None:
@@ -67,7 +68,6 @@ def from_nnx(
         with nnx.use_eager_sharding(False):
             return network.split(construct(nnx.Rngs(typed_key(key))))
 
-    weights = network.split(sample)
     return _model(
         network,
         weights,
@@ -84,9 +84,25 @@ def _constructor(module: Any) -> Callable[[nnx.Rngs], nnx.Module]:
     if not callable(module) or hasattr(module, "init_with_output"):
         hint = "; pass Linen modules to from_linen" if hasattr(module, "init_with_output") else ""
         raise InputError(f"from_nnx: {type(module).__name__} is neither an nnx.Module nor a constructor of one{hint}")
-    if "rngs" in inspect.signature(module).parameters:
-        return lambda rngs: module(rngs=rngs)
-    return module
+    inner = module
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    # Of a class the signature of __init__: nnx's metaclass hides it.
+    named = "rngs" in inspect.signature(inner.__init__ if isinstance(inner, type) else inner).parameters
+
+    def construct(rngs):
+        made = module(rngs=rngs) if named else module(rngs)
+        if not isinstance(made, nnx.Module):
+            raise InputError(f"from_nnx: the constructor gave {type(made).__name__}; it must return an nnx.Module")
+        # A bare array attribute is data, but flax takes a traced one for a static attribute, and would leak the tracer.
+        for _, node in nnx.iter_graph(made):
+            if isinstance(node, nnx.Pytree):
+                for attribute, value in list(vars(node).items()):
+                    if isinstance(value, jax.core.Tracer):
+                        setattr(node, attribute, nnx.data(value))
+        return made
+
+    return construct
 
 
 def _model(network: Network, weights, init, *, read, output, preprocess, title, couples_batch, method=tap.CALL) -> Model:
