@@ -44,7 +44,7 @@ def alpha_beta(
 
     Example:
         >>> print(f"{alpha_beta(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.8, 0.2])), alpha=1.0, beta=1.0):.4f}")
-        0.09
+        0.0900
     """
     check_classes(student_logits, teacher_logits)
     student, teacher = promote(student_logits, teacher_logits)

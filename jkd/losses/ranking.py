@@ -61,7 +61,7 @@ def pld(
     student, teacher = promote(student_logits, teacher_logits)
     log_p = log_softmax(teacher, teacher_temperature)
     key = jnp.where(is_label(labels, teacher.shape[-1]), -jnp.inf, -teacher)
-    _, student, log_p = jax.lax.sort((key, student, log_p), dimension=-1, num_keys=1, is_stable=True)
+    _, student, log_p = jax.lax.sort([key, student, jnp.asarray(log_p)], dimension=-1, num_keys=1, is_stable=True)
     remaining = jax.lax.cumlogsumexp(student, axis=student.ndim - 1, reverse=True)
     return jnp.sum(jnp.exp(log_p) * (remaining - student), axis=-1)
 
