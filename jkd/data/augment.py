@@ -85,9 +85,9 @@ class Mixup:
         rows = batch["image"].shape[0]
         share = _share(key, self.alpha, self.probability, rows if self.per_example else 1)
         share = jnp.where(_paired(batch), jnp.broadcast_to(share, (rows,)), 1.0)
-        image = as_float(batch["image"])
+        image, partner = _pairs(batch)
         wide = share[:, None, None, None]
-        return _mix_labels("Mixup", {**batch, "image": wide * image + (1 - wide) * image[::-1]}, share, self.classes)
+        return _mix_labels("Mixup", {**batch, "image": wide * image + (1 - wide) * partner}, share, self.classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,8 @@ class CutMix:
         _check("CutMix", self.alpha, self.probability)
 
     def __call__(self, batch: Batch, key: Array) -> Batch:
-        image = as_float(batch["image"])
-        rows, height, width, _ = image.shape
+        image, partner = _pairs(batch)
+        _, height, width, _ = image.shape
         share_key, place_key = jax.random.split(key)
         share = _share(share_key, self.alpha, self.probability, 1)[0]
         side = jnp.sqrt(1 - share)
@@ -130,7 +130,7 @@ class CutMix:
         paired = _paired(batch)
         left = jnp.where(paired, 1 - box.mean(dtype=jnp.float32), 1.0)
         cut = box[None, :, :, None] & paired[:, None, None, None]
-        return _mix_labels("CutMix", {**batch, "image": jnp.where(cut, image[::-1], image)}, left, self.classes)
+        return _mix_labels("CutMix", {**batch, "image": jnp.where(cut, partner, image)}, left, self.classes)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -185,8 +185,14 @@ def _check(name: str, alpha: float, probability: float) -> None:
 
 def _share(key: Array, alpha: float, probability: float, count: int) -> Array:
     beta_key, mix_key = jax.random.split(key)
-    share = jax.random.beta(beta_key, alpha, alpha, (count,))
+    # Beta(1, 1) is uniform, and this compiles to a few operations instead of rejection loops.
+    share = jax.random.uniform(beta_key, (count,)) if alpha == 1 else jax.random.beta(beta_key, alpha, alpha, (count,))
     return jnp.where(jax.random.bernoulli(mix_key, probability, (count,)), share, 1.0)
+
+
+def _pairs(batch: Batch) -> tuple[Array, Array]:
+    """The images and those of their partners; turned round before they become float, so that bytes travel between devices."""
+    return as_float(batch["image"]), as_float(batch["image"][::-1])
 
 
 def _paired(batch: Batch) -> Array:

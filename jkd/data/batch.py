@@ -38,20 +38,30 @@ def check_batch(batch: Batch, classes: int | None, *, field: str = "label") -> N
         raise InputError(f"{field} {label[row]} of {where} is outside 0..{classes - 1} ({classes} classes)")
 
 
-def stack(name: str, records: Sequence[Record], indices: np.ndarray) -> np.ndarray:
-    missing = [index for index, record in zip(indices, records, strict=True) if name not in record]
-    if missing:
-        raise InputError(f"record {missing[0]} has no {name!r}, which record {indices[0]} has")
-    values = [record[name] for record in records]
-    if name == "image" and isinstance(values[0], bytes):
-        raise InputError(f"image of record {indices[0]} is bytes: put vision.decode() first among the maps")
-    arrays = [np.asarray(value) for value in values]
-    for index, array in zip(indices, arrays, strict=True):
-        if array.shape != arrays[0].shape:
-            fix = "; add a map that gives one size, such as vision.random_resized_crop(224)" if name == "image" else ""
-            sizes = f"{list(array.shape)}, that of record {indices[0]} {list(arrays[0].shape)}"
-            raise InputError(f"{name} of record {index} has shape {sizes}{fix}")
-    return np.stack(arrays)
+def collate(records: Sequence[Record], indices: np.ndarray) -> Batch:
+    """Records that hold the same keys, one below the other; what is no number (a name, a path) is left out.
+
+    Raises:
+        InputError: names the record that lacks a key, or whose shape is another.
+    """
+    batch = {}
+    for name in dict.fromkeys(name for record in records for name in record):
+        without = [index for index, record in zip(indices, records, strict=True) if name not in record]
+        if without:
+            raise InputError(f"record {without[0]} has no {name!r}, but others have")
+        values = [record[name] for record in records]
+        if name == "image" and isinstance(values[0], bytes):
+            raise InputError(f"image of record {indices[0]} is bytes: put vision.decode() first among the maps")
+        if isinstance(values[0], str | bytes):
+            continue
+        arrays = [np.asarray(value) for value in values]
+        for index, array in zip(indices, arrays, strict=True):
+            if array.shape != arrays[0].shape:
+                fix = "; add a map that gives one size, such as vision.random_resized_crop(224)" if name == "image" else ""
+                sizes = f"{list(array.shape)}, that of record {indices[0]} {list(arrays[0].shape)}"
+                raise InputError(f"{name} of record {index} has shape {sizes}{fix}")
+        batch[name] = np.stack(arrays)
+    return batch
 
 
 _NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32, np.dtype(np.uint64): np.uint32}

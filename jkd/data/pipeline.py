@@ -7,15 +7,18 @@ batch holds, and grain's cost for each element (about 0.1 ms) is paid for each b
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jkd.data.batch import Record, stack, standard
+from jkd.data.batch import Record, collate, standard
 from jkd.data.order import Order, check_seed, generator, seed_of
 from jkd.errors import InputError, MissingExtra
 from jkd.types import Batch
@@ -56,6 +59,7 @@ class Data:
         threads: threads that prepare batches ahead (one batch each; ``threads + 1`` are held ready). None: 1 where the examples
             lie in memory and there are no maps, else one for each CPU core, at most 16.
         workers: processes that prepare batches, for maps that hold Python's lock; 0 (the default) uses threads alone.
+            They are started afresh, so a script of your own needs its ``if __name__ == "__main__":``.
         streams: further training streams ``(name, data, ratio)``, made by `join`.
         name: for tables and messages.
 
@@ -192,7 +196,7 @@ def _read(source: Source, maps: Sequence[Map], indices: np.ndarray, first: int, 
                 for each in maps:
                     record = each(record, rng)
             records[position] = record
-        batch = {name: stack(name, records, indices) for name in records[0]}
+        batch = collate(records, indices)
     return standard(batch, indices, source.classes)
 
 
@@ -265,12 +269,27 @@ def _iterate(batches: Any, data: Data) -> Iterator[Batch]:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain hands absl's flags to its workers, and jkd's command line does not use absl
         pipeline = pipeline.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
-    return _closing(pipeline)
+    batches = _closing(pipeline)
+    _open.add(batches)
+    # Registered again each time, so that it comes before what multiprocessing does at exit: it would end the workers first.
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+    return batches
 
 
-def _closing(pipeline: Any) -> Iterator[Batch]:
+def _closing(pipeline: Any) -> Generator[Batch]:
     iterator = iter(pipeline)
     try:
         yield from iterator
     finally:
         iterator.close()
+
+
+_open: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """While the modules that grain needs for closing are still there."""
+    for batches in list(_open):
+        with contextlib.suppress(ValueError):  # another thread is inside it
+            batches.close()

@@ -22,6 +22,8 @@ def arrays(
     classes: int | None = None,
     labelled: float | np.ndarray | None = None,
     seed: int = 0,
+    train_maps: Sequence[Map] = (),
+    eval_maps: Sequence[Map] = (),
     name: str = "arrays",
     **columns: Any,
 ) -> Data:
@@ -33,6 +35,9 @@ def arrays(
         labelled: a fraction of the training examples (at most so many, drawn from ``seed`` in proportion to the classes), or a
             mask ``[examples]``. None: all that have a ``label``.
         seed: of that draw.
+        train_maps: host-side maps of one training record (`jkd.data.vision`); without them a batch is gathered at once, which is
+            much faster, and `jkd.data.augment` crops and flips on the device.
+        eval_maps: likewise for evaluation.
         name: for tables and messages.
         **columns: ``[examples, ...]`` each: ``image`` ``[examples, height, width, channels]`` uint8 or float in 0..1, ``label``
             int ``[examples]``, and any others. float64 becomes float32 and int64 int32 in batches.
@@ -48,7 +53,8 @@ def arrays(
     if classes is None:
         classes = _count_classes([train, *([evaluation] if evaluation else [])])
     held_out = None if evaluation is None else Arrays(evaluation, classes=classes)
-    return Data(train=Arrays(train, classes=classes), eval=held_out, name=name)
+    source = Arrays(train, classes=classes)
+    return Data(train=source, eval=held_out, train_maps=tuple(train_maps), eval_maps=tuple(eval_maps), name=name)
 
 
 def digits(*, labelled: float = 1.0, seed: int = 0, train_maps: Sequence[Map] = (), eval_maps: Sequence[Map] = ()) -> Data:
