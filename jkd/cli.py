@@ -1,1 +1,171 @@
-"""."""
+"""``jkd``: reads arguments, maps what happens to exit codes. What the commands do is in `jkd.commands`, which loads when it runs.
+
+Exit codes: 0 finished, 2 bad input (one line), 75 stopped and resumable by the same command, 1 failed (one line; the whole
+traceback with ``--traceback`` or ``JKD_TRACEBACK=1``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from jkd import __version__
+from jkd.errors import InputError
+
+FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+_OVERVIEW = """
+examples:
+  jkd train digits                       the packaged config: about a minute on a CPU
+  jkd configs digits > mine.py           copy it, edit it, then
+  jkd train mine.py --set steps=200      run it with another value of a parameter of config()
+  jkd describe mine.py                   shapes, terms and memory, without compiling
+  jkd recipes                            every method with its citation
+  jkd train --help                       more on training
+
+exit codes: 0 finished, 1 failed, 2 bad input, 75 stopped and resumable by the same command
+"""
+_TRAIN = """
+examples:
+  jkd train configs/digits.py
+  jkd train digits --set seed=3 --set temperature=2      parameters of the config's config()
+  jkd train digits --set student.steps=50                a field of one run
+  jkd train digits --set '*.batch_size=64'               a field of every run
+  jkd train digits --set student.recipe.temperature=2    a field of a field
+  jkd train digits --seeds 5                             five seeds in turn, then mean ± standard deviation
+  jkd train digits --workdir gs://bucket/run1
+
+The same command resumes what was stopped (Ctrl-C and SIGTERM save first and exit with 75), and does not train finished runs
+again. Without --workdir, runs/<config>-<8 hex digits of the resolved config> is used: another setting is another folder.
+Started by srun, mpirun or on the hosts of a TPU pod, the processes find each other; by hand, set JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+"""
+_EVAL = """
+examples:
+  jkd eval runs/digits-1a2b3c4d          what that folder holds
+  jkd eval digits --set seed=3           what `jkd train digits --set seed=3` left in its default folder
+"""
+_DESCRIBE = """
+examples:
+  jkd describe configs/digits.py
+  jkd describe digits --set student.recipe.temperature=2
+
+Nothing is compiled or trained; weights are not made. Printed for each run: the resolved config, every module path of both
+networks with its shape (what is tapped is marked), the recipe's own parameters, its terms, and the memory of the state.
+"""
+_RECIPES = """
+examples:
+  jkd recipes
+  jkd recipes --json | jq '.[].name'
+"""
+_CONFIGS = """
+examples:
+  jkd configs                            what there is
+  jkd configs digits > mine.py           a copy to edit
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help shows examples)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = _Parser(
+        prog="jkd",
+        description="Knowledge distillation for JAX.",
+        epilog=_OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"jkd {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, help: str, epilog: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        made.add_argument("--traceback", action="store_true", help="show the whole traceback of an error (or JKD_TRACEBACK=1)")
+        return made
+
+    def config(made: argparse.ArgumentParser, what: str, name: str) -> None:
+        made.add_argument("config", metavar=name, help=what)
+        made.add_argument(
+            "--set", dest="sets", metavar="NAME=VALUE", action="append", default=[], help="change a value of the config"
+        )
+        made.add_argument("--device", choices=("cpu", "gpu", "tpu"), help="run there or not at all; default: the best there is")
+
+    file = "a config file, or the name of a packaged config (see jkd configs)"
+    train = command("train", "Train every run of a config.", _TRAIN)
+    config(train, file, "CONFIG")
+    train.add_argument("--workdir", metavar="DIR", help="folder for checkpoints and metrics, local, gs:// or s3://")
+    train.add_argument("--seeds", metavar="N", type=int, help="train with seed 0 to N-1 in turn")
+    evaluate = command("eval", "Evaluate what was trained.", _EVAL)
+    config(evaluate, "a folder that jkd train made, or a config", "RUN_DIR|CONFIG")
+    config(command("describe", "Show what a config means: shapes, terms, memory.", _DESCRIBE), file, "CONFIG")
+    recipes = command("recipes", "List every method with its citation and what it needs.", _RECIPES)
+    recipes.add_argument("--json", action="store_true", help="as JSON")
+    configs = command("configs", "List the packaged configs, or print one.", _CONFIGS)
+    configs.add_argument("name", nargs="?", metavar="NAME", help="print this one")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    show = "--traceback" in argv or os.environ.get("JKD_TRACEBACK", "") not in ("", "0")
+    try:
+        code = _run(argv)
+    except InputError as error:
+        code = _say(str(error), BAD_INPUT, show)
+    except KeyboardInterrupt:
+        code = _say("interrupted", STOPPED if argv[:1] == ["train"] else FAILED, show)
+    except BrokenPipeError:  # whoever read our output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FINISHED
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        hint = "" if show else "; JKD_TRACEBACK=1 shows where"
+        code = _say(f"failed: {type(error).__name__}{': ' if text else ''}{text}{hint}", FAILED, show)
+    return _left_alone(code)
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as left:  # --help and --version
+        return int(left.code or 0)
+    from jkd import commands
+
+    return getattr(commands, arguments.command)(arguments, shlex.join(["jkd", *argv]))
+
+
+def _say(line: str, code: int, show: bool) -> int:
+    if show:
+        traceback.print_exc()
+    index = _process()[0]
+    print(f"jkd{f'[{index}]' if index else ''}: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def _process() -> tuple[int, int]:
+    """(index, count) of this process; asks jax only where it has been loaded and told that there are several."""
+    distributed = sys.modules.get("jax") and sys.modules["jax"].distributed
+    if not distributed or not distributed.is_initialized():
+        return 0, 1
+    jax = sys.modules["jax"]
+    return jax.process_index(), jax.process_count()
+
+
+def _left_alone(code: int) -> int:
+    """Of several processes, one that ends early must not wait in its exit for peers that wait for it."""
+    if code in (FAILED, BAD_INPUT) and _process()[1] > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

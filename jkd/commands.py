@@ -1,0 +1,193 @@
+"""What the commands of ``jkd`` do. Each takes the parsed arguments and the command as it was typed, and returns an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jkd import configfile
+from jkd.errors import InputError, MissingExtra
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    from jkd.config import Experiment
+    from jkd.console import Watch
+
+_PACKAGES = {
+    "flax": "flax",
+    "optax": "optax",
+    "orbax": "orbax-checkpoint",
+    "grain": "grain",
+    "etils": "etils",
+    "rich": "rich",
+    "tensorboardX": "tensorboardX",
+}
+"""What training imports, and the distribution that brings it."""
+
+
+def train(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd train``."""
+    _require(_PACKAGES)
+    from jkd import devices
+
+    devices.start(arguments.device)
+    function = configfile.load(arguments.config)
+    seeds = _seeds(arguments, function)
+    experiment = configfile.resolve(function, arguments.sets)
+    devices.check(arguments.device)
+    from etils import epath
+
+    workdir = epath.Path(arguments.workdir or _default(arguments.config, experiment, seeds))
+    if seeds is None:
+        return _train(experiment, workdir, arguments, typed)[0]
+    summaries = []
+    for seed in seeds:
+        sets = [*arguments.sets, f"seed={seed}"]
+        one = argparse.Namespace(**vars(arguments) | {"sets": sets})
+        code, summary = _train(configfile.resolve(function, sets), workdir / f"seed{seed}", one, typed, f"seed {seed}")
+        if code:
+            return code
+        summaries.append(summary)
+    _over_seeds(summaries, list(seeds), workdir)
+    return 0
+
+
+def _train(
+    experiment: Experiment, workdir: epath.Path, arguments: argparse.Namespace, typed: str, title: str = ""
+) -> tuple[int, dict[str, Any]]:
+    import jax
+
+    from jkd import console, devices
+    from jkd.cli import FAILED, STOPPED
+    from jkd.loop import Failed, Listener, Stopped, claim
+    from jkd.loop import train as train_experiment
+
+    lead = jax.process_index() == 0
+    claim(workdir, experiment)  # first of all: a folder that holds another config keeps its record
+    if lead:
+        _record(workdir, arguments)
+    watch = console.Watch()
+    try:
+        result = train_experiment(experiment, workdir, listener=watch if lead else Listener())
+    except Stopped as stopped:
+        watch.close()
+        if lead:
+            print(f"jkd: stopped {stopped.run} at step {stopped.step}, saved in {workdir}; to go on: {typed}", file=sys.stderr)
+        return STOPPED, {}
+    except Failed as failed:
+        watch.close()
+        if lead:
+            print(f"jkd: failed: {failed} ({workdir})", file=sys.stderr)
+        return FAILED, {}
+    except Exception as error:
+        if not devices.out_of_memory(error):
+            raise
+        raise RuntimeError(_out_of_memory(error, watch)) from error
+    finally:
+        watch.close()
+    if lead:
+        console.table(result.summary, title=title)
+    return 0, result.summary
+
+
+def _out_of_memory(error: Exception, watch: Watch) -> str:
+    """One line: what was wanted, what is large, what to try."""
+    from jkd import describe, devices
+
+    wanted = devices.asked_for(error)
+    line = f"out of device memory{f' in {watch.name}' if watch.name else ''}{f' ({wanted} more were wanted)' if wanted else ''}"
+    if watch.ctx is None:
+        return f"{line}; try a smaller batch_size"
+    run = watch.ctx.run
+    rows = sorted(describe.memory(watch.ctx), key=lambda row: -row.per_device)
+    largest = ", ".join(f"{row.name} {row.per_device / 2**20:,.1f} MiB" for row in rows[:3])
+    tries = [f"batch_size below {run.batch_size}", f"microbatches above {run.microbatches}"]
+    tries += [] if run.remat else ["remat"]
+    tries += [] if watch.ctx.mesh.shape["fsdp"] > 1 else ["mesh=MeshShape(fsdp=…)"]
+    tries += [] if run.teacher_dtype != "float32" or run.teacher is None else ["teacher_dtype='bfloat16'"]
+    return (
+        f"{line}; largest parts of the state on each device: {largest}, and beside them the activations; try {', '.join(tries)}"
+    )
+
+
+def _seeds(arguments: argparse.Namespace, function: Any) -> range | None:
+    if arguments.seeds is None:
+        return None
+    if arguments.seeds < 1:
+        raise InputError(f"--seeds {arguments.seeds}: give at least 1")
+    if "seed" not in configfile.parameters(function):
+        raise InputError(f"--seeds {arguments.seeds}: config() of {arguments.config} has no parameter 'seed'")
+    if any(text.partition("=")[0].strip() == "seed" for text in arguments.sets):
+        raise InputError(f"--seeds {arguments.seeds} gives the seeds; leave out --set seed=…")
+    return range(arguments.seeds)
+
+
+def _default(config: str, experiment: Experiment, seeds: range | None) -> str:
+    from jkd import fingerprint
+
+    return f"runs/{Path(config).stem}-{fingerprint.digest(experiment)}{'' if seeds is None else '-seeds'}"
+
+
+def _record(workdir: epath.Path, arguments: argparse.Namespace) -> None:
+    """Keeps the config file and what was set, so that ``jkd eval`` needs the folder alone."""
+    (workdir / "config.py").write_text(configfile.find(arguments.config).read_text(encoding="utf-8"))
+    (workdir / "command.json").write_text(json.dumps({"config": arguments.config, "set": arguments.sets}, indent=1) + "\n")
+
+
+def _over_seeds(summaries: list[dict[str, Any]], seeds: list[int], workdir: epath.Path) -> None:
+    import jax
+
+    from jkd import console
+
+    if jax.process_index():
+        return
+    found = console.statistics(summaries)
+    (workdir / "summary.json").write_text(json.dumps({"seeds": seeds, "runs": found}, indent=1) + "\n")
+    pairs = {run: {name: (one["mean"], one["std"]) for name, one in metrics.items()} for run, metrics in found.items()}
+    console.table(pairs, title=f"mean ± standard deviation over {len(seeds)} seeds")
+
+
+def describe(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd describe``."""
+    _require(_PACKAGES)
+    # It looks at the devices and uses none of their memory: a training may be running there.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from jkd import devices
+    from jkd.describe import describe as text
+
+    devices.start(arguments.device, {})
+    print(text(configfile.resolve(configfile.load(arguments.config), arguments.sets)))
+    return 0
+
+
+def recipes(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd recipes``."""
+    from jkd import catalogue
+
+    print(catalogue.as_json() if arguments.json else catalogue.as_text())
+    return 0
+
+
+def configs(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd configs``."""
+    if arguments.name is not None:
+        sys.stdout.write(configfile.find(arguments.name).read_text(encoding="utf-8"))
+        return 0
+    packaged = configfile.names()
+    width = max(map(len, packaged), default=0)
+    for name, path in packaged.items():
+        print(f"{name:<{width}}  {configfile.summary(path)}")
+    return 0
+
+
+def _require(packages: dict[str, str]) -> None:
+    """Raises MissingExtra: a package of ``jkd[train]`` is not installed."""
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingExtra(f"training needs {', '.join(missing)}: pip install 'jkd[train]'")

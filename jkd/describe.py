@@ -1,0 +1,224 @@
+"""What an experiment means, without computing any of it: configs resolved, shapes traced, memory counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from jkd import fingerprint, sharding, state, step, trees
+from jkd.config import Ensemble, Experiment, Run, StudentEma, every
+from jkd.context import Context, build, make_context
+from jkd.recipe import Vars
+from jkd.types import Model, Term, Tree
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of what lies in device memory during a run: bytes in all, and of them on the device that holds most."""
+
+    name: str
+    total: int
+    per_device: int
+
+
+def describe(experiment: Experiment) -> str:
+    """Every node of an experiment, as text: config, module paths, the recipe's parameters, terms, memory.
+
+    A teacher that is an earlier run counts as that run's student; nothing has weights and nothing is compiled.
+
+    Raises:
+        InputError: what `jkd.make_context` refuses.
+    """
+    parts, students = [], dict[str, Model]()
+    for name, node in experiment.nodes.items():
+        if isinstance(node, Run):
+            students[name] = build(node.student)
+            parts.append(_node(name, node, students))
+        else:
+            parts.append(f"{name}: a function, {fingerprint.codehash.name(node)}; its result is known when it has run\n")
+    return "\n".join(parts)
+
+
+def memory(ctx: Context) -> list[Part]:
+    """What a run keeps on the devices between steps, part by part; activations and gradients come on top."""
+    shapes, places = state.state_shapes(ctx), state.state_shardings(ctx)
+    found = []
+    for what in ("params", "optimizer", "buffers", "ema"):
+        groups = getattr(shapes, what)
+        found += [_part(f"{what} {group}", groups[group], getattr(places, what)[group]) for group in groups]
+    found.append(_part("memory", shapes.memory, places.memory))
+    for what, groups in state.frozen_shapes(ctx).items():
+        for group, tree in groups.items():
+            specs = ctx.specs[group] if what == "params" else jax.tree.map(lambda _: P(), tree)
+            found.append(_part(f"{what} {group} (frozen)", tree, sharding.shardings(specs, ctx.mesh)))
+    rows = jax.tree.map(lambda _: sharding.BATCH, ctx.batch)
+    found.append(_part("batch", ctx.batch, sharding.shardings(rows, ctx.mesh)))
+    return [part for part in found if part.total]
+
+
+def terms(ctx: Context) -> dict[str, tuple[float | None, float | None]]:
+    """``{term: (its coefficient at the first step, at the last)}``; None where it depends on more than the clock."""
+    shapes, frozen, key = state.state_shapes(ctx), state.frozen_shapes(ctx), jax.eval_shape(lambda: jax.random.key(0))
+    found: dict[str, tuple[float | None, float | None]] = {}
+    for update in ctx.updates:
+
+        def coefficients(now: Any, rest: Any, update=update) -> dict[str, Any]:
+            now_state, frozen, batch, key = rest
+            models = step.models_of(ctx, dataclasses.replace(now_state, step=now), frozen)
+            student, teacher, models = update.forward(models, batch, key)
+            vars = Vars(params=dict(models.params), memory=models.memory, buffers=dict(models.buffers))
+            made: dict[str, Term] = update.terms(vars, student, teacher, batch, clock=ctx.clock(now), key=key)
+            return {name: jnp.asarray(term.coef, jnp.float32) for name, term in made.items()}
+
+        rest = (shapes, frozen, ctx.batch, key)
+        names = sorted(jax.eval_shape(coefficients, shapes.step, rest))
+        jaxpr = jax.make_jaxpr(coefficients)(shapes.step, rest)
+        ends = [_of_first_input(jaxpr, np.int32(now)) for now in (0, ctx.steps - 1)]
+        for name, first, last in zip(names, *ends, strict=True):
+            found[f"{update.name}.{name}" if update.name else name] = (first, last)
+    return found
+
+
+def _of_first_input(closed: Any, first: Any) -> list[float | None]:
+    """A jaxpr's outputs given its first input alone; None for what needs another. Only what they need is computed."""
+    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    known[closed.jaxpr.invars[0]] = first
+    makers = {out: equation for equation in closed.jaxpr.eqns for out in equation.outvars}
+
+    def value(var: Any) -> Any:
+        if hasattr(var, "val"):
+            return var.val  # a literal
+        if var not in known:
+            known[var] = None
+            if (equation := makers.get(var)) is not None:
+                inputs = [value(each) for each in equation.invars]
+                if all(each is not None for each in inputs):
+                    functions, parameters = equation.primitive.get_bind_params(equation.params)
+                    made = equation.primitive.bind(*functions, *inputs, **parameters)
+                    known.update(zip(equation.outvars, made if equation.primitive.multiple_results else [made], strict=True))
+        return known[var]
+
+    outputs = [value(var) for var in closed.jaxpr.outvars]
+    return [None if each is None else float(each) for each in outputs]
+
+
+def _node(name: str, run: Run, students: dict[str, Model]) -> str:
+    resolved = dataclasses.replace(run, teacher=_without_names(run.teacher, students))
+    unknown = resolved.teacher is None and run.teacher is not None
+    lines = [f"{name}", "=" * len(name), *_config(run)]
+    if unknown:
+        lines += ["", f"teacher: what the node {run.teacher!r} gives; shapes are known when it has run"]
+        return "\n".join(lines) + "\n"
+    ctx = make_context(resolved)
+    lines += ["", *_sides(ctx), "", *_paths(ctx)]
+    if own := ctx.vars.params:
+        lines += ["", "parameters of the recipe"]
+        lines += _columns(
+            [(f"{group}/{path}", _shape(leaf)) for group in own for path, leaf in trees.flatten(own[group]).items()]
+        )
+    lines += ["", "terms", *_columns([(term, _coefficient(*ends)) for term, ends in terms(ctx).items()])]
+    lines += ["", "memory of the state, MiB", *_memory(ctx)]
+    return "\n".join(lines) + "\n"
+
+
+def _without_names(teacher: Any, students: dict[str, Model]) -> Any:
+    """The teacher with earlier runs' networks for their names; None where a name is that of a function."""
+    if isinstance(teacher, str):
+        return students.get(teacher)
+    if isinstance(teacher, Ensemble):
+        members = tuple(_without_names(member, students) for member in teacher.members)
+        return None if None in members else dataclasses.replace(teacher, members=members)
+    return teacher
+
+
+def _config(run: Run) -> list[str]:
+    """The config, one field of the run after the other, each as it would be written."""
+
+    def written(value: Any) -> str:
+        if isinstance(value, dict):
+            fields = ", ".join(f"{name}={written(item)}" for name, item in value.items() if name != fingerprint.CLASS)
+            if fingerprint.CLASS not in value:
+                return f"{{{fields}}}"
+            name = str(value[fingerprint.CLASS]).rpartition(":")[2]
+            return f"{name}({fields})" if fields else name
+        if isinstance(value, list):
+            return f"[{', '.join(map(written, value))}]"
+        return repr(value)
+
+    fields = fingerprint.to_json(run)
+    lines = [f"{name}: {written(value)}" for name, value in fields.items() if name != fingerprint.CLASS]
+    return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="    ")]
+
+
+def _sides(ctx: Context) -> list[str]:
+    run = ctx.run
+    lines = [f"{side}: {network.name}, {trees.count(ctx.params[side]):,} parameters" for side, network in ctx.networks.items()]
+    if isinstance(run.teacher, StudentEma):
+        lines[-1] = "teacher: the average of the student"
+    lines.append(f"batch: {', '.join(f'{name} {_shape(leaf)}' for name, leaf in trees.flatten(ctx.batch).items())}")
+    axes = ", ".join(f"{axis} {size}" for axis, size in ctx.mesh.shape.items())
+    lines.append(
+        f"mesh: {axes} ({ctx.mesh.size} {ctx.mesh.devices.flat[0].platform} devices); microbatches: {run.microbatches}"
+    )
+    epochs = f" ({run.steps / ctx.steps_per_epoch:.1f} epochs of {ctx.train_size:,})" if ctx.train_size else ""
+    at = {what: every(getattr(run, f"{what}_every"), run.steps) for what in ("evaluate", "checkpoint")}
+    rhythm = ", ".join(f"{what} every {steps}" if steps else f"{what} at the end" for what, steps in at.items())
+    return [*lines, f"steps: {run.steps:,}{epochs}; {rhythm}"]
+
+
+def _paths(ctx: Context) -> list[str]:
+    """Every path of the two networks side by side; what the recipe taps has a star."""
+    taps = {"student": ctx.recipe.student_taps, "teacher": ctx.recipe.teacher_taps}
+    sides = []
+    for side, network in ctx.networks.items():
+        known = network.paths(ctx.batch)
+        tapped = {tap for tap in taps[side] if tap in known}
+        rows = [("*" if path in tapped else " ", path, _shape(leaf)) for path, leaf in known.items()]
+        rows += [("*", tap, "") for tap in taps[side] if tap not in known]  # with #call or @layer
+        sides.append([("", side, ""), *rows])
+    joined = [tuple(itertools.chain(*cells)) for cells in itertools.zip_longest(*sides, fillvalue=("", "", ""))]
+    return ["module paths (* is tapped)", *_columns(joined)]
+
+
+def _memory(ctx: Context) -> list[str]:
+    parts = memory(ctx)
+    parts.append(Part("all", sum(part.total for part in parts), sum(part.per_device for part in parts)))
+    rows = [("", "total", "per device")]
+    rows += [(part.name, f"{part.total / MIB:,.3f}", f"{part.per_device / MIB:,.3f}") for part in parts]
+    return _columns(rows, right=(1, 2))
+
+
+def _part(name: str, shapes: Tree, places: Tree) -> Part:
+    def here(leaf: Any, place: jax.sharding.Sharding) -> int:
+        return math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return Part(name, trees.nbytes(shapes), sum(jax.tree.leaves(jax.tree.map(here, shapes, places))))
+
+
+def _coefficient(first: float | None, last: float | None) -> str:
+    if first is None or last is None:
+        return "coefficient depends on the batch"
+    return f"coefficient {first:g}" if first == last else f"coefficient {first:g} at the first step, {last:g} at the last"
+
+
+def _shape(leaf: Any) -> str:
+    if not hasattr(leaf, "shape"):
+        return ", ".join(_shape(each) for each in jax.tree.leaves(leaf))
+    return f"{leaf.dtype.name}{list(leaf.shape)}"
+
+
+def _columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), indent: str = "  ") -> list[str]:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))] if rows else []
+    align: Callable[[int], str] = lambda place: ">" if place in right else "<"  # noqa: E731
+    return [(indent + "  ".join(f"{cell:{align(i)}{widths[i]}}" for i, cell in enumerate(row))).rstrip() for row in rows]
