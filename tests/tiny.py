@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jkd.config import Run
 from jkd.context import make_context
 from jkd.recipe import Recipe
 from jkd.recipes import KD
-from jkd.state import init_state
+from jkd.state import State, init_state, state_shardings
 from jkd.step import make_step
 from jkd.types import Model, Outputs, Term
 
@@ -100,12 +101,25 @@ def network(*, width=64, classes=CLASSES, norm="layer", dropout=0.0, name="tiny"
 
 
 def weights(model: Model, seed: int = 7) -> Model:
-    """The network holding weights."""
-    return model.with_weights(*model.init(jax.random.key(seed)))
+    """The network holding weights, made by NumPy: that compiles nothing."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        spread = 1 / np.sqrt(shape.shape[0]) if len(shape.shape) > 1 else 0.1
+        centre = 1 if path.rpartition("/")[2] in ("scale", "variance") else 0
+        return (centre + spread * rng.normal(size=shape.shape)).astype(np.float32)
+
+    return model.with_weights(*(trees.map_with_path(leaf, tree) for tree in (model.params, model.buffers)))
 
 
-def teacher(seed: int = 7, **options) -> Model:
-    return weights(network(**{"width": 48, "name": "teacher"} | options), seed)
+@functools.cache
+def student(**options) -> Model:
+    return weights(network(**{"name": "student"} | options), seed=3)
+
+
+@functools.cache
+def teacher(**options) -> Model:
+    return weights(network(**{"width": 48, "name": "teacher"} | options))
 
 
 def batch(rows: int = ROWS, *, seed: int = 0, ragged: bool = False, classes: int = CLASSES) -> dict:
@@ -130,61 +144,69 @@ def batches(count: int = 5, **options) -> list[dict]:
 
 def run(**fields) -> Run:
     """A run of KD on the tiny network with SGD; any field may be given."""
-    defaults = dict(
-        student=network(), teacher=teacher(), recipe=KD(), optimizer=optim.sgd(0.1), steps=5, batch_size=ROWS, teacher_rules=()
-    )
+    defaults = dict(student=student(), teacher=teacher(), recipe=KD(), optimizer=optim.sgd(0.1), steps=5, batch_size=ROWS)
     return Run(**defaults | fields)
 
 
 # One program measures both: a first step of length 1 shows the gradient, the next ones are short enough to stay stable.
 FIRST_STEP = schedules.Piecewise(1.0, {1 / 5: 0.05})
+# An update is minus the gradient.
+UNIT = optim.sgd(1.0, momentum=0.0)
 
 
 @dataclasses.dataclass
 class Trained:
-    ctx: object
-    step: object
-    state: object
-    frozen: object
-    start: object
-    metrics: list
-    first: object = None
+    """What five or so steps left: every tree NumPy."""
+
+    start: State
+    first: State
+    state: State
+    metrics: list[dict]
 
     @property
-    def losses(self):
+    def losses(self) -> np.ndarray:
         return np.array([float(metrics["loss"]) for metrics in self.metrics])
 
 
-def start(run: Run, example=None, *, devices: int = 1, train_size=None, seed: int = 0):
-    """``(ctx, state, frozen)`` on the first devices."""
-    ctx = make_context(run, example or batch(run.batch_size), train_size=train_size, devices=jax.devices()[:devices])
-    return (ctx, *init_state(ctx, jax.random.key(seed)))
+class Engine:
+    """A run compiled once, to be trained from its first state as often as a test likes."""
 
+    def __init__(self, run: Run, example: dict | None = None, *, devices: int = 1, train_size=None, seed: int = 0):
+        example = batch(run.batch_size) if example is None else example
+        self.ctx = make_context(run, example, train_size=train_size, devices=jax.devices()[:devices])
+        state, self.frozen = init_state(self.ctx, jax.random.key(seed))
+        self.start = jax.device_get(state)
+        self.step = make_step(self.ctx)
 
-def train(run: Run, rows: list[dict], *, devices: int = 1, train_size=None, seed: int = 0) -> Trained:
-    """Trains on these batches; every tree in the answer is NumPy."""
-    ctx, state, frozen = start(run, rows[0], devices=devices, train_size=train_size, seed=seed)
-    step, begin, first, metrics = make_step(ctx), jax.device_get(state), None, []
-    for one in rows:
-        state, found = step(state, frozen, sharding.put_batch(one, ctx.mesh))
-        first = jax.device_get(state) if first is None else first
-        metrics.append(jax.device_get(found))
-    return Trained(ctx, step, state, frozen, begin, metrics, first)
+    def fresh(self) -> State:
+        """The first state, on the devices."""
+        return sharding.put(self.start, state_shardings(self.ctx))
 
+    def put(self, rows: dict) -> dict:
+        return sharding.put_batch(rows, self.ctx.mesh)
 
-def gradients(run: Run, rows: dict, **options):
-    """The gradient of a step on one batch, read off an update of SGD with learning rate 1."""
-    trained = train(dataclasses.replace(run, optimizer=optim.sgd(1.0, momentum=0.0)), [rows], **options)
-    return jax.tree.map(np.subtract, trained.start.params, trained.first.params)
+    def train(self, rows: list[dict]) -> Trained:
+        state, states, metrics = self.fresh(), [], []
+        for one in rows:
+            state, found = self.step(state, self.frozen, self.put(one))
+            metrics.append(jax.device_get(found))
+            if len(states) == 0:
+                states.append(jax.device_get(state))
+        return Trained(self.start, states[0], jax.device_get(state), metrics)
+
+    def gradient(self, rows: dict) -> dict:
+        """What the first step takes off the parameters: the gradient, where the optimizer is `UNIT`."""
+        after = self.train([rows]).first
+        return jax.tree.map(np.subtract, self.start.params, after.params)
 
 
 def distance(found, wanted) -> float:
     """Norm of the difference over the norm of ``wanted``, both trees."""
-    found, wanted = (trees_to_vector(tree) for tree in (found, wanted))
+    found, wanted = (_vector(tree) for tree in (found, wanted))
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def trees_to_vector(tree) -> np.ndarray:
+def _vector(tree) -> np.ndarray:
     leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(jax.device_get(tree))]
     return np.concatenate(leaves)
 

@@ -1,0 +1,183 @@
+"""Law 4: an update is the same for any number of microbatches, devices and hosts; only rows with weight count."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import PartitionSpec as P
+
+from jkd import optim
+from jkd.config import Ema
+from jkd.context import make_context
+from jkd.data import augment
+from jkd.errors import InputError
+from jkd.recipes import KD, Combine, FitNet, Supervised
+from jkd.recipes.projectors import Linear, Regressor
+from jkd.sharding import MeshShape
+
+GRADIENT, PARAMETERS, ADAM_LOSS = 1e-5, 1e-5, 2e-4
+
+LAYOUTS = {
+    "2 microbatches": (1, {"microbatches": 2}),
+    "4 microbatches": (1, {"microbatches": 4}),
+    "8 devices": (8, {}),
+    "fsdp": (8, {"mesh": MeshShape(data=1, fsdp=8)}),
+    "data x fsdp, 2 microbatches": (8, {"mesh": MeshShape(data=2, fsdp=4), "microbatches": 2}),
+    "data x tensor": (8, {"mesh": MeshShape(data=4, tensor=2), "rules": (("*kernel", P("tensor")),)}),
+}
+COUPLED = {name: layout for name, layout in LAYOUTS.items() if "micro" not in name}
+
+
+def engine(layout: str | None, **fields) -> tiny.Engine:
+    devices, laid_out = LAYOUTS[layout] if layout else (1, {})
+    return tiny.Engine(tiny.run(**fields | laid_out), devices=devices)
+
+
+@functools.cache
+def trained(kind: str, layout: str | None, adam: bool = False) -> tiny.Trained:
+    """Five steps of a run that is as uneven as data gets, on one device whole or laid out as named."""
+    fields = {
+        "independent": {},
+        "coupled": {
+            "student": tiny.student(norm="batch"),
+            "teacher": tiny.teacher(norm="batch"),
+            "augment": (augment.Mixup(0.8, classes=tiny.CLASSES),),
+        },
+    }[kind]
+    optimizer = optim.adamw(1e-2) if adam else optim.sgd(tiny.FIRST_STEP, momentum=0.9, weight_decay=1e-3)
+    made = engine(layout, optimizer=optimizer, ema=Ema(decay=0.5), **fields)
+    return made.train(tiny.batches(ragged=kind == "independent"))
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("independent", n) for n in LAYOUTS] + [("coupled", n) for n in COUPLED])
+def test_an_update_is_the_same_however_the_batch_is_cut_and_placed(kind, layout):
+    whole, cut = trained(kind, None), trained(kind, layout)
+    assert tiny.identical(whole.start.params, cut.start.params)
+    moved = [jax.tree.map(np.subtract, one.first.params, one.start.params) for one in (cut, whole)]
+    assert tiny.distance(*moved) < GRADIENT
+    assert tiny.distance(cut.state.params, whole.state.params) < PARAMETERS
+    assert tiny.distance(cut.state.ema, whole.state.ema) < PARAMETERS
+    for found, wanted in zip(cut.metrics, whole.metrics, strict=True):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=2e-5, atol=1e-6, err_msg=name)
+    if kind == "coupled":
+        assert tiny.distance(cut.state.buffers, whole.state.buffers) < PARAMETERS
+
+
+@pytest.mark.parametrize("layout", ["data x fsdp, 2 microbatches"])
+def test_with_adam_the_loss_stays_the_same(layout):
+    whole, cut = trained("independent", None, adam=True), trained("independent", layout, adam=True)
+    np.testing.assert_allclose(cut.losses, whole.losses, rtol=ADAM_LOSS)
+
+
+@functools.cache
+def plain_engine(layout: str | None) -> tiny.Engine:
+    return engine(layout, optimizer=tiny.UNIT)
+
+
+def test_each_term_is_divided_by_its_own_global_weight_and_not_by_rows():
+    rows, made = tiny.batch(ragged=True), plain_engine("4 microbatches")
+    metrics = made.train([rows]).metrics[0]
+    logits = made.ctx.student.apply(made.start.params["student"], {}, rows)[0].logits
+    nll = -np.asarray(jax.nn.log_softmax(logits))[np.arange(tiny.ROWS), rows["label"]]
+    weight = rows["weight"] * rows["labelled"]
+    np.testing.assert_allclose(metrics["term/task"], (nll * weight).sum() / weight.sum(), rtol=1e-5)
+    assert abs(metrics["term/task"] - nll[weight > 0].mean()) > 1e-3
+
+
+@pytest.mark.parametrize("layout", [None, "4 microbatches", "fsdp"])
+def test_rows_of_weight_zero_change_nothing(layout):
+    rows = tiny.batch(ragged=True)
+    empty = rows["weight"] == 0
+    other = rows | {
+        "image": np.where(empty[:, None, None, None], 1e3, rows["image"]).astype(np.float32),
+        "label": np.where(empty, -1, rows["label"]).astype(np.int32),
+    }
+    assert empty.any()
+    assert tiny.distance(*(plain_engine(layout).gradient(one) for one in (other, rows))) < 1e-6
+
+
+@pytest.mark.parametrize("label", [-1, tiny.CLASSES + 3])
+def test_labels_of_unlabelled_rows_are_never_read(label):
+    rows = tiny.batch(ragged=True)
+    unknown = rows | {"label": np.where(rows["labelled"] == 0, label, rows["label"]).astype(np.int32)}
+    assert tiny.identical(*(plain_engine(None).gradient(one) for one in (unknown, rows)))
+
+
+@pytest.mark.parametrize("layout", [None, "4 microbatches", "fsdp"])
+def test_a_total_weight_of_zero_gives_zero(layout):
+    rows = tiny.batch() | {"weight": np.zeros(tiny.ROWS, np.float32)}
+    trained = plain_engine(layout).train([rows])
+    assert all(np.isfinite(value) for value in trained.metrics[0].values())
+    assert trained.metrics[0]["loss"] == 0
+    assert trained.metrics[0]["share/kd"] == 0
+    assert tiny.identical(trained.start.params, trained.first.params)
+
+
+def test_no_labelled_row_leaves_the_teachers_term_alone():
+    rows = tiny.batch() | {"labelled": np.zeros(tiny.ROWS, np.float32)}
+    wanted = engine(None, optimizer=tiny.UNIT, recipe=KD(task_weight=0.0)).gradient(rows)
+    assert tiny.distance(plain_engine(None).gradient(rows), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("layout", [None, "4 microbatches", "fsdp"])
+def test_padding_does_not_depend_on_where_it_stands(layout):
+    rows = tiny.batch(16)
+    padded = {name: np.concatenate([value, np.zeros_like(value)]) for name, value in rows.items()}
+    order = np.random.default_rng(1).permutation(32)
+    mixed = {name: value[order] for name, value in padded.items()}
+    wanted = half_engine().gradient(rows)
+    for one in (padded, mixed):
+        assert tiny.distance(plain_engine(layout).gradient(one), wanted) < GRADIENT
+
+
+@functools.cache
+def half_engine() -> tiny.Engine:
+    return engine(None, optimizer=tiny.UNIT, batch_size=16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coupled(KD):
+    @property
+    def couples_batch(self):
+        return True
+
+
+BATCH_NORM = {"student": tiny.student(norm="batch", name="with BatchNorm")}
+
+
+@pytest.mark.parametrize(("fields", "names"), [(BATCH_NORM, "with BatchNorm"), ({"recipe": Coupled()}, "Coupled")])
+def test_microbatches_are_refused_where_examples_are_coupled(fields, names):
+    def resolve(**more):
+        return make_context(tiny.run(microbatches=2, **fields, **more), tiny.batch(), devices=jax.devices()[:1])
+
+    with pytest.raises(InputError, match=f"microbatches = 2.*{names}.*microbatch_statistics='local'"):
+        resolve()
+    resolve(microbatch_statistics="local")
+
+
+def test_local_statistics_are_those_of_each_microbatch():
+    rows, fields = tiny.batch(), {"recipe": Supervised(), "teacher": None, **BATCH_NORM}
+    cut = engine("2 microbatches", microbatch_statistics="local", optimizer=tiny.UNIT, **fields)
+    halves = [{name: value[i::2] for name, value in rows.items()} for i in range(2)]
+    half = engine(None, batch_size=tiny.ROWS // 2, optimizer=tiny.UNIT, **fields)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(half.gradient(one) for one in halves))
+    assert tiny.distance(cut.gradient(rows), mean) < GRADIENT
+    # the running statistics saw one microbatch after the other
+    still = engine(None, batch_size=tiny.ROWS // 2, optimizer=optim.sgd(0.0), **fields)
+    assert tiny.distance(cut.train([rows]).first.buffers, still.train(halves).state.buffers) < PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("projector", "couples"), [(Linear(), False), (Regressor(), True), (Regressor(batch_norm=False), False)]
+)
+def test_what_couples_is_told_by_the_part_that_couples(projector, couples):
+    recipe = FitNet(student_taps=("body",), teacher_taps=("body",), projector=projector)
+    assert recipe.couples_batch == couples
+    assert Combine(recipes=(KD(), recipe)).couples_batch == couples
