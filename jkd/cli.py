@@ -131,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
         hint = "" if show else "; JKD_TRACEBACK=1 shows where"
-        code = _say(f"failed: {type(error).__name__}{': ' if text else ''}{text}{hint}", FAILED, show)
+        # what jkd itself calls a failure says all in its line
+        kind = "" if type(error).__module__.startswith("jkd.") else type(error).__name__ + ": "
+        code = _say(f"failed: {kind}{text}{hint}", FAILED, show)
     return _left_alone(code)
 
 
@@ -142,7 +144,8 @@ def _run(argv: list[str]) -> int:
         return int(left.code or 0)
     from jkd import commands
 
-    return getattr(commands, arguments.command)(arguments, shlex.join(["jkd", *argv]))
+    run = getattr(commands, {"eval": "evaluate"}.get(arguments.command, arguments.command))
+    return run(arguments, shlex.join(["jkd", *argv]))
 
 
 def _say(line: str, code: int, show: bool) -> int:

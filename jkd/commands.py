@@ -64,7 +64,7 @@ def _train(
     import jax
 
     from jkd import console, devices
-    from jkd.cli import FAILED, STOPPED
+    from jkd.cli import STOPPED
     from jkd.loop import Failed, Listener, Stopped, claim
     from jkd.loop import train as train_experiment
 
@@ -80,15 +80,10 @@ def _train(
         if lead:
             print(f"jkd: stopped {stopped.run} at step {stopped.step}, saved in {workdir}; to go on: {typed}", file=sys.stderr)
         return STOPPED, {}
-    except Failed as failed:
-        watch.close()
-        if lead:
-            print(f"jkd: failed: {failed} ({workdir})", file=sys.stderr)
-        return FAILED, {}
     except Exception as error:
         if not devices.out_of_memory(error):
             raise
-        raise RuntimeError(_out_of_memory(error, watch)) from error
+        raise Failed(_out_of_memory(error, watch)) from error
     finally:
         watch.close()
     if lead:
@@ -151,6 +146,37 @@ def _over_seeds(summaries: list[dict[str, Any]], seeds: list[int], workdir: epat
     (workdir / "summary.json").write_text(json.dumps({"seeds": seeds, "runs": found}, indent=1) + "\n")
     pairs = {run: {name: (one["mean"], one["std"]) for name, one in metrics.items()} for run, metrics in found.items()}
     console.table(pairs, title=f"mean ± standard deviation over {len(seeds)} seeds")
+
+
+def evaluate(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd eval``."""
+    _require(_PACKAGES)
+    import jax
+
+    from jkd import devices
+
+    devices.start(arguments.device)
+    from etils import epath
+
+    from jkd import console, replay
+
+    workdir = epath.Path(arguments.config)
+    if workdir.is_dir():
+        if arguments.sets:
+            raise InputError(f"--set changes a config; {arguments.config} is a folder with a config of its own")
+        experiment = replay.experiment_of(workdir)
+    else:
+        experiment = configfile.resolve(configfile.load(arguments.config), arguments.sets)
+        workdir = epath.Path(_default(arguments.config, experiment, None))
+        if not workdir.is_dir():
+            raise InputError(f"{workdir} is not there: nothing was trained with this config; jkd train makes it")
+    devices.check(arguments.device)
+    lead = jax.process_index() == 0
+    report = console.Watch().message if lead else lambda line: None
+    summary = replay.evaluate(experiment, workdir, report)
+    if lead:
+        console.table(summary)
+    return 0
 
 
 def describe(arguments: argparse.Namespace, typed: str) -> int:
