@@ -68,7 +68,7 @@ class Checkpoints:
         self._damaged: set[str] = set()
         self._thread: threading.Thread | None = None
         _reroute_logs()
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._checkpointer = _checkpointer()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -239,8 +239,11 @@ class Checkpoints:
             self._failed(step, errors[0])
         try:
             self._barrier()
-            if self._host == 0:
-                self._prune(place)
+            try:
+                if self._host == 0:
+                    self._prune(place)
+            finally:
+                self._barrier()  # what is there after `wait` is the same for all
         except Exception as error:  # a peer that died (a kind of jaxlib's), or files that cannot be removed
             self._report(f"checkpoint {step}: removing what is no longer needed failed: {_line(error)}")
 
@@ -314,6 +317,16 @@ class Checkpoints:
         sync(key=f"jkd_checkpoint_{next(_BARRIERS)}", timeout_ms=_BARRIER_TIMEOUT_MS)
 
 
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    # By default every replica writes a slice of a replicated array. Cutting them compiles a program for each shape and device,
+    # while training waits; what is large enough for that to pay is split over fsdp anyway.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
+    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers))
+
+
 def _named(tree: Tree) -> dict[str, Any]:
     """``{path: leaf}`` in the order of the tree's leaves; any pytree."""
     named: dict[str, Any] = {}
@@ -363,15 +376,17 @@ def _check_same(step: int, saved: Mapping[str, str], wanted: Mapping[str, str]) 
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return "no space left on the device" if "No space left on device" in text else text[:300]
+    system = re.search(r"([^:]+) \[os_error_code", text)  # tensorstore puts the whole way there before what the system said
+    return (system[1].strip() if system else text)[:300]
 
 
 def _reroute_logs() -> None:
-    """Sends what orbax logs through absl (which prints to the console by default) to the logger ``jkd.orbax``, quiet unless set up."""
-    logging.getLogger("jkd").addHandler(logging.NullHandler())
+    """Sends what orbax logs, and absl would print, to the logger ``jkd.orbax``, which is silent until it is given a handler."""
     logger = logging.getLogger("absl")
     if _not_orbax not in logger.filters:
         logger.addFilter(_not_orbax)
+        logging.getLogger("jkd.orbax").addHandler(logging.NullHandler())
+        logging.getLogger("jkd.orbax").propagate = False  # absl itself gives the root logger a handler that prints
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
