@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jkd import sharding, trees
 from jkd.config import Ensemble, Run, StudentEma
-from jkd.errors import InputError
+from jkd.errors import InputError, nearest
 from jkd.optim import Optimizer
 from jkd.recipe import Recipe, Update, Vars
 from jkd.schedules import Clock
@@ -94,7 +94,8 @@ class Context:
     @functools.cached_property
     def vars(self) -> Vars:
         """Shapes of what `Recipe.init` makes."""
-        return jax.eval_shape(lambda key: self.recipe.init(key, self), jax.random.key(0))
+        with explained(f"{type(self.recipe).__name__}.init"):
+            return jax.eval_shape(lambda key: self.recipe.init(key, self), _key())
 
     @functools.cached_property
     def updates(self) -> tuple[Update, ...]:
@@ -134,7 +135,7 @@ class Context:
     def specs(self) -> dict[str, Tree]:
         """``{group: tree of PartitionSpec}`` for the stored parameters of every group, the frozen teacher's too."""
         shapes = {**self.params, **self.vars.params}
-        rules = {"teacher": self.run.teacher_rules}
+        rules = {} if isinstance(self.run.teacher, StudentEma) else {"teacher": self.run.teacher_rules}
         return {
             group: sharding.parameter_specs(tree, self.mesh, rules.get(group, self.run.rules)) for group, tree in shapes.items()
         }
@@ -185,6 +186,7 @@ def make_context(
 
         ctx = _resolve(run, mesh, raw_batch, prepared_shapes(ctx), train_size)
         _check_batch(run, ctx.batch, mesh)
+    _check_groups(ctx)
     return ctx
 
 
@@ -222,12 +224,12 @@ def _resolve(run: Run, mesh: Mesh, raw_batch: Batch, batch: Batch, train_size: i
     data_classes = getattr(run.data, "classes", None)
     if classes is not None and data_classes is not None and classes < data_classes:
         raise InputError(f"student {networks['student'].name} has {classes} classes, the data {data_classes}")
-    if teacher is not None and teacher.has_logits and classes is not None and recipe.same_classes:
-        if teacher.logits_shape[-1] != classes:
-            raise InputError(
-                f"the teacher has {teacher.logits_shape[-1]} classes, the student {classes}: {type(recipe).__name__} compares "
-                "them class by class; give both the same classes"
-            )
+    theirs = teacher.logits_shape[-1] if teacher is not None and teacher.has_logits else None
+    if recipe.same_classes and None not in (classes, theirs) and classes != theirs:
+        raise InputError(
+            f"the teacher has {theirs} classes, the student {classes}: {type(recipe).__name__} compares them class by class; "
+            "give both the same classes"
+        )
     if run.microbatches > 1 and run.microbatch_statistics == "global":
         for who, couples in (
             (networks["student"].name, networks["student"].couples_batch),
@@ -254,7 +256,7 @@ def _resolve(run: Run, mesh: Mesh, raw_batch: Batch, batch: Batch, train_size: i
 
 
 class explained:
-    """Turns a TypeError or ValueError raised while shapes are traced into one line that says where."""
+    """Turns an error of a user's own code, raised while shapes are traced, into one line that says where."""
 
     def __init__(self, where: str):
         self.where = where
@@ -263,8 +265,9 @@ class explained:
         return None
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, (TypeError, ValueError)) and not isinstance(error, InputError):
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if isinstance(error, (TypeError, ValueError, LookupError, AttributeError)) and not isinstance(error, InputError):
+            told = f"no {error}" if isinstance(error, KeyError) else str(error)
+            lines = [line.strip() for line in told.splitlines() if line.strip()]
             raise InputError(f"{self.where}: {lines[0] if lines else type(error).__name__}") from error
 
 
@@ -331,3 +334,22 @@ def _check_batch(run: Run, batch: Batch, mesh: Mesh) -> None:
                 f"batch[{path!r}] has {rows} rows, which do not divide by {shards} devices (data x fsdp) x {run.microbatches} "
                 "microbatches; change batch_size, mesh or microbatches"
             )
+
+
+def _check_groups(ctx: Context) -> None:
+    """Every group has an optimizer, and every name and pattern in the run is one of a group or parameter that exists."""
+    run, groups = ctx.run, ctx.groups
+    for group in groups:
+        ctx.optimizer_config(group)
+    if isinstance(run.optimizer, Mapping):
+        known = {"*", *groups, *(group.rpartition(":")[2] for group in groups)}
+        for name in run.optimizer:
+            if name not in known:
+                raise InputError(f"Run.optimizer: no parameter group {name!r}{nearest(name, known)}")
+    for name in run.ema.groups if run.ema is not None else ():
+        if name not in groups:
+            raise InputError(f"Ema.groups: no parameter group {name!r}{nearest(name, groups)}")
+    paths = trees.flatten(ctx.params["student"])
+    for pattern in run.trainable:
+        if not any(trees.matches(path, (pattern.removeprefix("!"),)) for path in paths):
+            raise InputError(f"Run.trainable: {pattern!r} matches no parameter of the student{nearest(pattern, paths)}")

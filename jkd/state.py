@@ -163,8 +163,6 @@ def _init(ctx: Context, key: Array, frozen: Frozen, given: dict[str, tuple[Tree,
     ema = {}
     if ctx.run.ema is not None:
         for group in ctx.run.ema.groups:
-            if group not in params:
-                raise InputError(f"Ema.groups: no parameter group {group!r}; there are {sorted(params)}")
             ema[group] = {"params": params[group], "buffers": buffers.get(group, {})}
     state = State(
         step=jnp.int32(0),

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from jkd import schedules, sharding, trees
 from jkd.config import StudentEma
@@ -22,7 +23,7 @@ from jkd.errors import InputError
 from jkd.recipe import Models, Update, Vars
 from jkd.schedules import Clock
 from jkd.state import Frozen, State, frozen_shapes, state_shapes, state_shardings, trainable
-from jkd.types import Array, Batch, Model, Outputs, Term, Tree
+from jkd.types import Array, Batch, Model, Outputs, Term, Tree, subtree
 
 Metrics = dict[str, Array]
 
@@ -55,7 +56,10 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
         state = dataclasses.replace(state, step=start.step + 1, ema=_average(ctx, state, clock))
         return state, _report(ctx, terms, norms, clock)
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(ctx), None))
+    made = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(ctx), None))
+    # mistakes in a recipe's hooks are told now; the first call finds this trace
+    made.eval_shape(state_shapes(ctx), frozen_shapes(ctx), ctx.batch if ctx.prepares else ctx.raw_batch)
+    return made
 
 
 def make_eval_step(ctx: Context, measure: Callable[..., Tree], *, ema: bool = False) -> Callable[[State, Frozen, Batch], Tree]:
@@ -68,7 +72,7 @@ def make_eval_step(ctx: Context, measure: Callable[..., Tree], *, ema: bool = Fa
 
     def eval_step(state: State, frozen: Frozen, batch: Batch) -> Tree:
         models = models_of(ctx, state, frozen, ema=ema)
-        product = ctx.recipe.deploy(models)
+        product = ctx.recipe.deploy(dataclasses.replace(models, params=_gathered(ctx, models.params)))
         batch = sharding.constrain_batch(batch, ctx.mesh)
         student, _ = product.apply(to_compute(ctx.run, product.params), product.buffers, to_compute(ctx.run, batch))
         # answers that come with the training batches are not there for other examples
@@ -185,16 +189,14 @@ def _call(
 ) -> tuple[Outputs, Tree]:
     """Runs a network: weights cast and gathered at use, the student rematerialised, a stopped teacher stopped."""
     side = network if isinstance(network, str) else ""
-    model = ctx.networks[side] if side else network
+    model = network if isinstance(network, Model) else ctx.networks[network]
     own = {"student": ctx.recipe.student_taps, "teacher": ctx.recipe.teacher_taps}
     taps = own.get(side, ()) if taps is None and not part else taps or ()
-    specs = ctx.specs["student" if group == "teacher" and isinstance(ctx.run.teacher, StudentEma) else group]
     params, buffers = models.params[group], models.buffers.get(group, {})
+    specs = _specs(ctx, group, params)
     if part:
-        model, params, specs = model.submodule(part), trees.subtree(params, part), trees.subtree(specs, part)  # type: ignore[union-attr]
-        buffers = trees.subtree(buffers, part) if _has(buffers, part) else {}
-    if not isinstance(model, Model):
-        raise InputError(f"models.apply: no network {network!r}")
+        model = model.with_weights(params, buffers).submodule(part)
+        params, buffers, specs = model.params, model.buffers, subtree(specs, part)
 
     def run(params: Tree, buffers: Tree, batch: Any) -> tuple[Outputs, Tree]:
         params = sharding.at_use(params, specs, ctx.mesh, jnp.dtype(ctx.run.compute_dtype))
@@ -204,13 +206,19 @@ def _call(
     if ctx.run.remat is not None and train:
         run = jax.checkpoint(run, policy=ctx.run.remat)  # gathers again in the backward pass rather than keep whole weights
     outputs, buffers = run(params, buffers, batch)
-    if side == "teacher" and ctx.recipe.teacher_gradient == "stop" and "teacher" not in ctx.groups:
+    if group == "teacher" and ctx.recipe.teacher_gradient == "stop" and "teacher" not in ctx.groups:
         outputs = jax.lax.stop_gradient(outputs)
     return outputs, models.buffers.get(group, {}) if part else buffers
 
 
-def _has(tree: Tree, path: str) -> bool:
-    return any(leaf == path or leaf.startswith(f"{path}/") for leaf in trees.flatten(tree)) if tree else False
+def _gathered(ctx: Context, params: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Every group as a recipe's own arithmetic needs it; what it does not read is dead code."""
+    return {group: sharding.at_use(tree, _specs(ctx, group, tree), ctx.mesh) for group, tree in params.items()}
+
+
+def _specs(ctx: Context, group: str, params: Tree) -> Tree:
+    """Where a group's parameters are stored; of one that a recipe made up during the step, nothing is split."""
+    return ctx.specs[group] if group in ctx.specs else jax.tree.map(lambda _: P(), params)
 
 
 def _update(
@@ -246,7 +254,8 @@ def _gradients(
     def objective(moving: Tree, buffers: Tree, batch: Batch, key: Array, totals: Any):
         params = _join(moving, rest)
         models = _models(ctx, dataclasses.replace(state, params=params, buffers=buffers), frozen, clock)
-        return _objective(ctx, update, models, batch, key, totals)
+        loss, (means, totals, left, observed) = _objective(ctx, update, models, batch, key, totals)
+        return loss, (means, totals, {group: left[group] for group in buffers}, observed)
 
     differentiate = jax.grad(objective, has_aux=True)
     if count == 1:
@@ -300,12 +309,7 @@ def _objective(
     key_forward, key_terms = jax.random.split(key)
     with explained(f"{type(ctx.recipe).__name__}.forward"):
         student, teacher, models = update.forward(models, batch, key_forward)  # type: ignore[misc]
-    networks = {*models.networks, *models.buffers}
-    own = {
-        group: tree if group in networks else sharding.at_use(tree, ctx.specs[group], ctx.mesh)
-        for group, tree in models.params.items()
-    }
-    vars = Vars(params=own, memory=models.memory, buffers=dict(models.buffers))
+    vars = Vars(params=_gathered(ctx, models.params), memory=models.memory, buffers=dict(models.buffers))
     with explained(f"{type(ctx.recipe).__name__}.terms"):
         terms = update.terms(vars, student, teacher, batch, clock=models.clock, key=key_terms)  # type: ignore[misc]
     sums = {name: _sums(name, term) for name, term in terms.items()}
@@ -321,8 +325,7 @@ def _objective(
         means[name] = {"term": jax.lax.stop_gradient(mean), "coef": jax.lax.stop_gradient(coef)}
         if only is None or only == name:
             loss = loss + coef * mean
-    buffers = {group: models.buffers[group] for group in models.buffers if group in ctx.groups}
-    return loss, (means, weights, buffers, observed)
+    return loss, (means, weights, models.buffers, observed)
 
 
 def _sums(name: str, term: Term) -> tuple[Array, Array]:
@@ -352,7 +355,7 @@ def _same_kind(ctx: Context, memory: Tree, before: Tree) -> Tree:
     new, old = (jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree) for tree in (memory, before))
     if jax.tree.structure(new) != jax.tree.structure(old) or jax.tree.leaves(new) != jax.tree.leaves(old):
         raise InputError(f"{type(ctx.recipe).__name__}.remember changed the memory from {old} to {new}")
-    return memory
+    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), memory)  # a weak type would compile again too
 
 
 def _partition(ctx: Context, update: Update, params: Mapping[str, Tree]) -> tuple[Tree, Tree]:

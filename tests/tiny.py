@@ -22,6 +22,7 @@ CLASSES = 5
 IMAGE = (4, 4, 2)
 FEATURES = 32
 ROWS = 32
+FSDP = sharding.MeshShape(data=1, fsdp=8)
 
 
 def dense(params, x):

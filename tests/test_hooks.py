@@ -1,0 +1,533 @@
+"""Each hook of a recipe, with the smallest recipe that needs it, against the same arithmetic written by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jkd import losses, optim, schedules
+from jkd.errors import InputError
+from jkd.recipe import Recipe, Update, Vars
+from jkd.recipes import KD, Combine, Supervised
+from jkd.recipes.logits import task
+from jkd.schedules import Linear
+from jkd.step import make_eval_step, make_prepare, make_term_gradients
+from jkd.types import Model, Outputs, Term
+
+RATE = 0.5
+SGD = optim.sgd(RATE, momentum=0.0)
+
+
+def logits(model, params, rows, **options):
+    return model.apply(params, {}, rows, **options)[0].logits
+
+
+def nll(answers, rows):
+    return losses.cross_entropy(answers, rows["label"]).mean()
+
+
+def down(params, gradient, rate=RATE):
+    return jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+
+
+def close(found, wanted, tolerance=1e-5):
+    assert tiny.distance(found, wanted) < tolerance
+
+
+# --- updates: named groups, periods ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adversary(Recipe):
+    """A discriminator tells teacher from student; the student fools the discriminator that the first update left."""
+
+    every: int = 1
+
+    @property
+    def updates(self):
+        first = Update(groups=("discriminator",), terms=self.tell, every=self.every, name="discriminator")
+        return (first, Update(groups=("student",), terms=self.fool))
+
+    def init(self, key, ctx):
+        classes = ctx.classes
+        return Vars(params={"discriminator": {"kernel": jax.random.normal(key, (classes,))}})
+
+    def tell(self, vars, student, teacher, batch, *, clock, key):
+        score = vars.params["discriminator"]["kernel"]
+        values = jax.nn.softplus(student.logits @ score) + jax.nn.softplus(-(teacher.logits @ score))
+        return {"tell": Term(values, batch["weight"])}
+
+    def fool(self, vars, student, teacher, batch, *, clock, key):
+        return {"fool": Term(jax.nn.softplus(-(student.logits @ vars.params["discriminator"]["kernel"])), batch["weight"])}
+
+
+def test_updates_run_in_order_and_each_moves_its_own_groups_only():
+    made = tiny.Engine(tiny.run(recipe=Adversary(), optimizer=SGD))
+    rows, params = tiny.batch(), made.start.params
+    student, teacher = made.ctx.student, made.ctx.teacher
+    answers = logits(teacher, teacher.params, rows)
+
+    def tell(discriminator, own):
+        score = discriminator["kernel"]
+        return (jax.nn.softplus(logits(student, own, rows) @ score) + jax.nn.softplus(-(answers @ score))).mean()
+
+    def fool(own, discriminator):
+        return jax.nn.softplus(-(logits(student, own, rows) @ discriminator["kernel"])).mean()
+
+    judge = down(params["discriminator"], jax.grad(tell)(params["discriminator"], params["student"]))
+    fooler = down(params["student"], jax.grad(fool)(params["student"], judge))
+    found = made.train([rows])
+    close(found.first.params, {"discriminator": judge, "student": fooler})
+    np.testing.assert_allclose(found.metrics[0]["term/fool"], fool(params["student"], judge), rtol=1e-5)
+    assert "term/discriminator.tell" in found.metrics[0]
+
+
+def test_an_update_with_a_period_runs_at_multiples_of_it_and_leaves_no_trace_between():
+    made = tiny.Engine(tiny.run(recipe=Adversary(every=3), optimizer=optim.adamw(0.1)))
+    state, seen = made.fresh(), []
+    for rows in tiny.batches(5):
+        before = jax.device_get(state)
+        state, metrics = made.step(state, made.frozen, made.put(rows))
+        after = jax.device_get(state)
+        still = tiny.identical(before.params["discriminator"], after.params["discriminator"])
+        assert still == tiny.identical(before.optimizer["discriminator"], after.optimizer["discriminator"])
+        assert not tiny.identical(before.params["student"], after.params["student"])
+        seen.append((not still, float(metrics["coef/discriminator.tell"]), float(metrics["share/discriminator.tell"]) > 0))
+    assert seen == [(step % 3 == 0, float(step % 3 == 0), step % 3 == 0) for step in range(5)]
+    assert made.step._cache_size() == 1
+
+
+def test_a_groups_schedule_follows_the_runs_steps_however_often_it_moves():
+    rate = schedules.Piecewise(1.0, {3 / 5: 0.0})  # nothing from step 3 on
+    made = tiny.Engine(
+        tiny.run(recipe=Adversary(every=3), optimizer={"*": SGD, "discriminator": optim.sgd(rate, momentum=0.0)})
+    )
+    found = made.train(tiny.batches(4))
+    assert tiny.identical(found.first.params["discriminator"], found.state.params["discriminator"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FakeScore(Recipe):
+    """A copy of the teacher learns the student's answers (distribution matching); the student follows their difference."""
+
+    every: int = 1
+
+    @property
+    def updates(self):
+        return (
+            Update(groups=("fake",), forward=self.look, terms=self.copy, every=self.every, name="fake"),
+            Update(groups=("student",), forward=self.look, terms=self.match),
+        )
+
+    def init(self, key, ctx):
+        return Vars(params={"fake": ctx.params["teacher"]})
+
+    def look(self, models, batch, key):
+        fake, models = models.apply("teacher", batch, group="fake")
+        student, models = models.student(batch, key=key)
+        return (student, fake), models.teacher(batch), models
+
+    def copy(self, vars, student, teacher, batch, *, clock, key):
+        student, fake = student
+        return {"copy": Term(jnp.square(fake.logits - jax.lax.stop_gradient(student.logits)), batch["weight"])}
+
+    def match(self, vars, student, teacher, batch, *, clock, key):
+        student, fake = student
+        direction = jax.lax.stop_gradient(fake.logits - teacher.logits)
+        return {"match": Term(student.logits * direction, batch["weight"])}
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_fake_score_starts_as_the_teacher_and_has_its_own_optimizer(microbatches):
+    optimizers = {"fake": optim.sgd(0.1, momentum=0.5), "student": SGD}
+    made = tiny.Engine(tiny.run(recipe=FakeScore(), optimizer=optimizers, microbatches=microbatches))
+    rows, params = tiny.batch(), made.start.params
+    student, teacher = made.ctx.student, made.ctx.teacher
+    assert tiny.identical(params["fake"], teacher.params)
+    answers = logits(student, params["student"], rows)
+
+    gradient = jax.grad(lambda fake: jnp.square(logits(teacher, fake, rows) - answers).mean())(params["fake"])
+    fake = down(params["fake"], gradient, 0.1)
+    direction = logits(teacher, fake, rows) - logits(teacher, teacher.params, rows)
+    gradient = jax.grad(lambda own: (logits(student, own, rows) * direction).mean())(params["student"])
+    found = made.train([rows, rows])
+    close(found.first.params, {"fake": fake, "student": down(params["student"], gradient)})
+    assert not tiny.identical(found.first.params["fake"], found.state.params["fake"])
+    assert tiny.identical(jax.device_get(made.frozen["params"]["teacher"]), teacher.params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoTrained(Recipe):
+    """Student and teacher both learn from labels, the student from the teacher too."""
+
+    @property
+    def updates(self):
+        return (Update(groups=("student", "teacher")),)
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        kl = losses.forward_kl(student.logits, jax.lax.stop_gradient(teacher.logits))
+        return {
+            "task": task(student, batch),
+            "teacher": task(teacher, batch),
+            "kd": Term(kl, batch["weight"]),
+        }
+
+
+def test_a_teacher_that_an_update_names_is_trained_from_its_own_weights():
+    made = tiny.Engine(tiny.run(recipe=CoTrained(), optimizer=SGD))
+    rows, teacher = tiny.batch(), made.ctx.teacher
+    assert made.frozen == {"params": {}, "buffers": {}}
+    assert tiny.identical(made.start.params["teacher"], teacher.params)
+    wanted = down(teacher.params, jax.grad(lambda own: nll(logits(teacher, own, rows), rows))(teacher.params))
+    close(made.train([rows]).first.params["teacher"], wanted)
+
+
+def test_a_co_trained_teacher_needs_no_weights():
+    made = tiny.Engine(tiny.run(recipe=CoTrained(), teacher=tiny.network(name="fresh")))
+    found = made.train([tiny.batch()])
+    assert not tiny.identical(found.start.params["teacher"], found.first.params["teacher"])
+    assert tiny.distance(found.start.params["teacher"], found.start.params["student"]) > 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peers(Recipe):
+    """Two students of one architecture teach each other; the peer's BatchNorm buffers are the recipe's."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def init(self, key, ctx):
+        params, buffers = ctx.student.init(key)
+        return Vars(params={"peer": params}, buffers={"peer": buffers})
+
+    def forward(self, models, batch, key):
+        first, models = models.student(batch, key=key)
+        second, models = models.student(batch, key=key, group="peer")
+        return first, second, models
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        return {
+            "task": task(student, batch),
+            "peer": task(teacher, batch),
+            "student": Term(losses.forward_kl(student.logits, jax.lax.stop_gradient(teacher.logits)), batch["weight"]),
+        }
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_peers_have_their_own_weights_buffers_and_optimizer_state(norm):
+    student = tiny.student(norm=norm)
+    made = tiny.Engine(tiny.run(student=student, teacher=None, recipe=Peers(), optimizer=SGD))
+    rows, peer = tiny.batch(), made.start.params["peer"]
+    found = made.train([rows])
+
+    def objective(own):
+        outputs, buffers = student.apply(own, made.start.buffers["peer"], rows, train=True)
+        return nll(outputs.logits, rows), buffers
+
+    gradient, buffers = jax.grad(objective, has_aux=True)(peer)
+    close(found.first.params["peer"], down(peer, gradient))
+    if norm == "batch":
+        close(found.first.buffers["peer"], buffers)
+    assert tiny.distance(found.first.params["peer"], found.first.params["student"]) > 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Undeclared(Recipe):
+    """A network of the recipe's own with weights but no buffers: nothing needs to be declared for it."""
+
+    needs_teacher: ClassVar[bool] = False
+    critic: Model = dataclasses.field(default_factory=lambda: tiny.network(width=8, name="critic"))
+
+    def init(self, key, ctx):
+        return Vars(params={"critic": self.critic.init(key)[0]})
+
+    def forward(self, models, batch, key):
+        judged, models = models.apply(self.critic, batch, group="critic", train=True, key=key)
+        student, models = models.student(batch, key=key)
+        return student, judged, models
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        return {"square": Term(jnp.square(student.logits - teacher.logits), batch["weight"])}
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_network_of_the_recipes_own_runs_with_a_groups_weights(microbatches):
+    recipe = Undeclared()
+    made = tiny.Engine(tiny.run(teacher=None, recipe=recipe, optimizer=SGD, microbatches=microbatches))
+    rows, params = tiny.batch(), made.start.params
+    answers = logits(made.ctx.student, params["student"], rows)
+    gradient = jax.grad(lambda own: jnp.square(answers - logits(recipe.critic, own, rows)).mean())(params["critic"])
+    close(made.train(tiny.batches(2)).first.params["critic"], down(params["critic"], gradient))
+
+
+# --- forward -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoViews(Recipe):
+    """The student sees the images and their mirror image; the teacher labels a stream of another size."""
+
+    def forward(self, models, batch, key):
+        mirrored = {**batch, "image": batch["image"][:, :, ::-1]}
+        first, models = models.student(batch, key=key)
+        second, models = models.student(mirrored, key=key)
+        third, models = models.student(batch["unlabelled"], key=key)
+        return (first, second, third), models.teacher(batch["unlabelled"]), models
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        first, second, third = student
+        kl = losses.forward_kl(third.logits, teacher.logits)
+        return {
+            "task": task(first, batch),
+            "consistency": Term(jnp.square(first.logits - second.logits), batch["weight"]),
+            "kd": Term(kl, batch["unlabelled"]["weight"]),
+        }
+
+
+def test_forward_may_take_several_views_and_streams_and_buffers_pass_from_call_to_call():
+    student = tiny.student(norm="batch")
+    rows = tiny.batch(16) | {"unlabelled": tiny.batch(48, seed=9)}
+    made = tiny.Engine(tiny.run(student=student, recipe=TwoViews(), batch_size=16), rows, devices=8)
+    found = made.train([rows])
+    buffers = student.buffers
+    for view in (rows, rows | {"image": rows["image"][:, :, ::-1]}, rows["unlabelled"]):
+        _, buffers = student.apply(student.params, buffers, view, train=True)
+    close(found.first.buffers["student"], buffers)
+    assert {"term/task", "term/consistency", "term/kd"} < found.metrics[0].keys()
+
+
+def test_streams_of_two_sizes_are_cut_into_as_many_microbatches():
+    rows = tiny.batch(16, ragged=True) | {"unlabelled": tiny.batch(48, seed=9, ragged=True)}
+    whole, cut = (
+        tiny.Engine(tiny.run(recipe=TwoViews(), batch_size=16, optimizer=tiny.UNIT, microbatches=n), rows) for n in (1, 4)
+    )
+    assert tiny.distance(cut.gradient(rows), whole.gradient(rows)) < 1e-5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetaTeacher(Recipe):
+    """Meta pseudo labels: the teacher learns what makes a student better after one step on its labels."""
+
+    @property
+    def updates(self):
+        return (Update(groups=("teacher",), forward=self.look_ahead, terms=self.after),)
+
+    def look_ahead(self, models, batch, key):
+        soft, _ = models.apply("teacher", batch["unlabelled"])
+
+        def imitation(own):
+            answer, _ = models.with_params(student=own).student(batch["unlabelled"])
+            return losses.forward_kl(answer.logits, soft.logits).mean()
+
+        ahead = models.virtual("student", jax.grad(imitation)(models.params["student"]))
+        return ahead.student(batch)[0], None, models
+
+    def after(self, vars, student, teacher, batch, *, clock, key):
+        return {"task": task(student, batch)}
+
+
+def test_virtual_gives_the_one_step_meta_gradient_and_changes_nothing():
+    rows = tiny.batch() | {"unlabelled": tiny.batch(seed=5)}
+    optimizers = {"student": optim.sgd(RATE, momentum=0.9), "teacher": tiny.UNIT}
+    made = tiny.Engine(tiny.run(recipe=MetaTeacher(), optimizer=optimizers), rows)
+    student, teacher = made.ctx.student, made.ctx.teacher
+
+    def meta(weights):
+        soft = logits(teacher, weights, rows["unlabelled"])
+        imitation = lambda own: losses.forward_kl(logits(student, own, rows["unlabelled"]), soft).mean()  # noqa: E731
+        return nll(logits(student, down(student.params, jax.grad(imitation)(student.params)), rows), rows)
+
+    found = made.train([rows])
+    close(jax.tree.map(np.subtract, found.start.params, found.first.params)["teacher"], jax.grad(meta)(teacher.params), 1e-4)
+    assert tiny.identical(found.start.params["student"], found.first.params["student"])
+    assert tiny.identical(found.start.optimizer["student"], found.first.optimizer["student"])
+
+
+# --- parts, gradients through the teacher, the product -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReusedHead(Recipe):
+    """The teacher's own head reads the student's projected features (SimKD); the three together are the product."""
+
+    through: bool = True
+    student_taps: tuple[str, ...] = ("body",)
+    teacher_taps: tuple[str, ...] = ("body",)
+
+    @property
+    def teacher_gradient(self):  # type: ignore[override]
+        return "through" if self.through else "stop"
+
+    def init(self, key, ctx):
+        width = (ctx.student_outputs.taps["body"].shape[-1], ctx.teacher_outputs.taps["body"].shape[-1])
+        return Vars(params={"projector": {"kernel": jax.random.normal(key, width) / 8}})
+
+    def forward(self, models, batch, key):
+        student, models = models.student(batch, key=key)
+        features = student.taps["body"] @ models.params["projector"]["kernel"]
+        answer, models = models.apply("teacher", features, part="head")
+        return answer, models.teacher(batch), models
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        return {"match": Term(losses.forward_kl(student.logits, teacher.logits), batch["weight"])}
+
+    def deploy(self, models):
+        body, head = models.networks["student"], models.networks["teacher"].submodule("head")
+        params = {
+            "student": models.params["student"],
+            "projector": models.params["projector"],
+            "head": models.params["teacher"]["head"],
+        }
+
+        def apply(params, buffers, batch, *, taps=(), train=False, key=None):
+            features = body.apply(params["student"], {}, batch, taps=("body",))[0].taps["body"]
+            return head.apply(params["head"], {}, features @ params["projector"]["kernel"])[0], buffers
+
+        return Model(
+            init=lambda key: (params, {}), apply=apply, params=params, buffers={}, name="student with the teacher's head"
+        )
+
+
+def test_through_passes_the_gradient_of_the_teachers_part_to_the_student():
+    made = tiny.Engine(tiny.run(recipe=ReusedHead(), optimizer=tiny.UNIT))
+    rows, start, teacher = tiny.batch(), made.start.params, made.ctx.teacher
+
+    def objective(params):
+        features = made.ctx.student.apply(params["student"], {}, rows, taps=("body",))[0].taps["body"]
+        head = teacher.params["head"]
+        answer = features @ params["projector"]["kernel"] @ head["kernel"] + head["bias"][None]
+        return losses.forward_kl(answer, logits(teacher, teacher.params, rows)).mean()
+
+    close(made.gradient(rows), jax.grad(objective)(start))
+
+
+def test_stop_gives_the_student_a_gradient_of_exactly_zero():
+    made = tiny.Engine(tiny.run(recipe=ReusedHead(through=False), optimizer=tiny.UNIT))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(made.gradient(tiny.batch())))
+
+
+@pytest.mark.parametrize(("devices", "mesh"), [(1, {}), (8, {"mesh": tiny.FSDP})])
+def test_what_deploy_gives_is_what_is_evaluated(devices, mesh):
+    made = tiny.Engine(tiny.run(recipe=ReusedHead(), **mesh), devices=devices)
+    rows = tiny.batch()
+    measure = make_eval_step(made.ctx, lambda student, teacher, batch: (student.logits, teacher.logits))
+    student, teacher = measure(made.fresh(), made.frozen, made.put(rows))
+    params, head = made.start.params, made.ctx.teacher.params["head"]
+    features = made.ctx.student.apply(params["student"], {}, rows, taps=("body",))[0].taps["body"]
+    close(student, features @ params["projector"]["kernel"] @ head["kernel"] + head["bias"][None])
+    close(teacher, logits(made.ctx.teacher, made.ctx.teacher.params, rows))
+
+
+def test_the_default_product_is_the_student():
+    made = tiny.Engine(tiny.run())
+    measure = make_eval_step(made.ctx, lambda student, teacher, batch: student.logits)
+    close(
+        measure(made.fresh(), made.frozen, made.put(tiny.batch())),
+        logits(made.ctx.student, made.ctx.student.params, tiny.batch()),
+    )
+
+
+# --- prepare -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared(KD):
+    """The teacher answers before the step."""
+
+    source: str = "teacher"
+
+    def prepare(self, models, batch, key):
+        answer = models.apply(self.source, batch)[0]
+        return {**batch, "teacher": Outputs(answer.logits)}
+
+
+@pytest.mark.parametrize(("source", "ahead"), [("teacher", True), ("student", False)])
+def test_prepare_may_run_ahead_where_it_reads_nothing_that_training_changes(source, ahead):
+    made = tiny.Engine(tiny.run(recipe=Prepared(source=source)))
+    prepare, may_run_ahead = make_prepare(made.ctx)
+    assert may_run_ahead == ahead
+    rows = prepare(made.fresh(), made.frozen, made.put(tiny.batch()), jnp.int32(0))
+    network = made.ctx.networks[source]
+    close(rows["teacher"].logits, logits(network, network.params, tiny.batch()))
+
+
+def test_a_prepared_answer_gives_the_same_update_as_the_teacher_in_the_step():
+    prepared, inside = (tiny.Engine(tiny.run(recipe=recipe, optimizer=tiny.UNIT)) for recipe in (Prepared(), KD()))
+    prepare, _ = make_prepare(prepared.ctx)
+    state, rows = prepared.fresh(), prepared.put(tiny.batch(ragged=True))
+    after, _ = prepared.step(state, prepared.frozen, prepare(prepared.fresh(), prepared.frozen, rows, state.step))
+    wanted = inside.train([tiny.batch(ragged=True)]).first
+    assert tiny.distance(after.params, wanted.params) < 1e-6
+
+
+def test_a_recipe_without_prepare_has_no_program_for_it():
+    assert make_prepare(tiny.Engine(tiny.run()).ctx) is None
+
+
+@pytest.mark.parametrize(("devices", "microbatches"), [(1, 1), (8, 2)])
+def test_answers_that_come_with_the_batch_need_no_teacher_weights(devices, microbatches):
+    from jkd import models
+
+    teacher = tiny.teacher()
+    answered = [rows | {"teacher": Outputs(logits(teacher, teacher.params, rows))} for rows in tiny.batches(2, ragged=True)]
+    fields = dict(optimizer=optim.sgd(0.1), microbatches=microbatches)
+    made = tiny.Engine(tiny.run(teacher=models.prepared(), **fields), answered[0], devices=devices)
+    assert tiny.distance(made.train(answered).state.params, plain().train(tiny.batches(2, ragged=True)).state.params) < 1e-6
+
+
+# --- hyperparameters that move, and gradients by term ------------------------------------------------------------------------
+
+
+def plain():
+    return tiny.Engine(tiny.run())
+
+
+def test_a_schedule_as_a_hyperparameter_moves_without_compiling_again():
+    recipe = KD(weight=Linear(0.0, 1.0), temperature=Linear(1.0, 5.0))
+    made = tiny.Engine(tiny.run(recipe=recipe, steps=4))
+    found = made.train(tiny.batches(4))
+    np.testing.assert_allclose([m["coef/kd"] for m in found.metrics], [0, 0.25, 0.5, 0.75], atol=1e-7)
+    assert made.step._cache_size() == 1
+
+
+def test_gradient_norms_and_cosines_of_terms_are_those_of_the_terms_by_themselves():
+    recipe = KD(weight=0.7, task_weight=0.3, temperature=2.0)
+    made = tiny.Engine(tiny.run(recipe=recipe))
+    rows, teacher = tiny.batch(), made.ctx.teacher
+    answers = logits(teacher, teacher.params, rows)
+
+    def kd(own):
+        return 0.7 * losses.forward_kl(logits(made.ctx.student, own, rows), answers, temperature=2.0).mean()
+
+    task = jax.grad(lambda own: 0.3 * nll(logits(made.ctx.student, own, rows), rows))(made.start.params["student"])
+    other = jax.grad(kd)(made.start.params["student"])
+    first, second = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (task, other))
+    found = jax.device_get(make_term_gradients(made.ctx)(made.fresh(), made.frozen, made.put(rows)))
+    assert found.keys() == {"norm/task", "norm/kd", "cosine/kd"}
+    np.testing.assert_allclose(found["norm/task"], np.linalg.norm(first), rtol=1e-5)
+    np.testing.assert_allclose(found["norm/kd"], np.linalg.norm(second), rtol=1e-5)
+    cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+    np.testing.assert_allclose(found["cosine/kd"], cosine, atol=1e-5)
+
+
+def test_combine_adds_its_members_terms_and_gradients():
+    parts = [KD(task_weight=0.0), Supervised()]
+    both, *each = (tiny.Engine(tiny.run(recipe=r, optimizer=tiny.UNIT)) for r in (Combine(recipes=tuple(parts)), *parts))
+    rows = tiny.batch(ragged=True)
+    wanted = jax.tree.map(np.add, *(one.gradient(rows) for one in each))
+    close(both.gradient(rows), wanted)
+
+
+def test_an_error_in_a_recipes_forward_names_the_hook():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Wrong(KD):
+        def forward(self, models, batch, key):
+            raise TypeError("no such thing\nsecond line")
+
+    with pytest.raises(InputError, match="^Wrong.forward: no such thing"):
+        tiny.Engine(tiny.run(recipe=Wrong()))
