@@ -212,7 +212,8 @@ class _Training:
         self._check_teacher(state, frozen)
         feed = _Feed(self, start, weights)
         clock = _Stopwatch(run.batch_size)
-        evaluations, saves = (every(value, steps) for value in (run.evaluate_every, run.checkpoint_every))
+        evaluations = every(run.evaluate_every, steps)
+        saves = every(run.checkpoint_every, steps) if self.checkpoints is not None else 0
         pending: tuple[int, Any] | None = None
         evaluation: dict[str, float] = {}
         try:
@@ -226,8 +227,8 @@ class _Training:
                 pending, done = (step, values), step + 1
                 stopping = self.signals.stop(done)
                 evaluating = done == steps or (evaluations and done % evaluations == 0)
-                saving = done == steps or (saves and done % saves == 0) or stopping
-                if evaluating or saving:
+                saving = self.checkpoints is not None and (done == steps or (saves and done % saves == 0) or stopping)
+                if evaluating or saving or stopping:
                     # no save, and no evaluation, of a step whose own numbers have not been seen
                     self._arrived(*pending, writer, clock)
                     pending = None
@@ -306,6 +307,8 @@ class _Training:
         if not (math.isfinite(found["loss"]) and math.isfinite(found["gradient_norm"])):
             bad = [name.removeprefix("term/") for name, value in found.items() if name.startswith("term/") and not math.isfinite(value)]
             cause = f"the term {bad[0]!r} is {found['term/' + bad[0]]}" if bad else "every term is finite, a gradient is not"
+            if self.checkpoints is not None:
+                self.checkpoints.wait()  # a save under way counts once it is on disk
             kept = self.checkpoints.steps() if self.checkpoints is not None else []
             last = f"the last good checkpoint is step {kept[-1]}" if kept else "there is no checkpoint yet"
             raise Failed(f"{self.name}: step {step + 1} is not finite: {cause}; {last}")

@@ -56,3 +56,22 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_results_are_those_that_were_measured():
+    import importlib.util
+    import json
+    import statistics
+
+    spec = importlib.util.spec_from_file_location("benchmark_digits", ROOT / "benchmarks" / "digits.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    results = json.loads(benchmark.RESULTS.read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert benchmark.written(readme, benchmark.render(results)) == readme
+    # what the main job promises
+    accuracy = {name: statistics.mean(s[name]["accuracy"] for s in results["seeds"]) for name in benchmark.ROWS}
+    assert len(results["seeds"]) >= 5
+    assert accuracy["student"] - accuracy["control"] >= 0.05
+    assert accuracy["teacher"] - accuracy["student"] <= 0.02
+    assert results["seeds"][0]["student"]["parameters"] * 20 <= results["seeds"][0]["teacher"]["parameters"]

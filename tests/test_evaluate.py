@@ -1,0 +1,80 @@
+"""Metrics against NumPy, and sums that do not care how the set is cut."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jkd.evaluate import BINS, measure, summarise
+from jkd.types import Outputs
+
+
+def random_case(rows=200, classes=7, seed=0):
+    rng = np.random.default_rng(seed)
+    student, teacher = rng.normal(size=(2, rows, classes)).astype(np.float32) * 2
+    label = rng.integers(0, classes, rows).astype(np.int32)
+    weight = (rng.random(rows) < 0.9).astype(np.float32)
+    return student, teacher, label, weight
+
+
+def by_hand(logits, label, weight):
+    logits = logits.astype(np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    keep = weight > 0
+    p, label = p[keep], label[keep]
+    correct, confidence = p.argmax(-1) == label, p.max(-1)
+    edges = np.linspace(0, 1, BINS + 1)
+    ece = 0.0
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (confidence >= low) & (confidence < high) if high < 1 else confidence >= low
+        if inside.any():
+            ece += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    return correct.mean(), -np.log(p[np.arange(len(label)), label]).mean(), ece
+
+
+def test_metrics_are_those_of_numpy():
+    student, teacher, label, weight = random_case()
+    batch = dict(label=jnp.asarray(label), weight=jnp.asarray(weight))
+    found = summarise(measure(Outputs(jnp.asarray(student)), Outputs(jnp.asarray(teacher)), batch))
+    # float32 sums of 200 numbers of size 1
+    for prefix, logits in (("", student), ("teacher_", teacher)):
+        wanted = by_hand(logits, label, weight)
+        np.testing.assert_allclose([found[f"{prefix}{name}"] for name in ("accuracy", "nll", "ece")], wanted, rtol=1e-5)
+    keep = weight > 0
+    assert found["agreement"] == pytest.approx((student.argmax(-1) == teacher.argmax(-1))[keep].mean(), rel=1e-6)
+    q, p = (np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum(-1, keepdims=True) for x in (teacher, student))
+    assert found["kl"] == pytest.approx((q * np.log(q / p)).sum(-1)[keep].mean(), rel=1e-5)
+
+
+def test_batches_add_up_and_padding_does_not_count():
+    student, teacher, label, weight = random_case()
+
+    def sums(rows):
+        batch = dict(label=jnp.asarray(label[rows]), weight=jnp.asarray(weight[rows]))
+        return measure(Outputs(jnp.asarray(student[rows])), Outputs(jnp.asarray(teacher[rows])), batch)
+
+    whole = summarise(sums(slice(None)))
+    parts = jax.tree.map(jnp.add, sums(slice(0, 80)), sums(slice(80, None)))
+    assert summarise(parts) == pytest.approx(whole, rel=1e-5)
+    assert summarise(sums(np.flatnonzero(weight))) == pytest.approx(whole, rel=1e-5)
+
+
+def test_unlabelled_rows_count_for_agreement_alone():
+    student, teacher, label, _ = random_case()
+    labelled = (np.arange(200) < 100).astype(np.float32)
+    batch = dict(label=jnp.asarray(label), weight=jnp.ones(200), labelled=jnp.asarray(labelled))
+    found = summarise(measure(Outputs(jnp.asarray(student)), Outputs(jnp.asarray(teacher)), batch))
+    assert found["accuracy"] == pytest.approx((student.argmax(-1) == label)[:100].mean(), rel=1e-6)
+    assert found["agreement"] == pytest.approx((student.argmax(-1) == teacher.argmax(-1)).mean(), rel=1e-6)
+
+
+def test_a_perfectly_calibrated_and_a_certain_wrong_model():
+    label = jnp.zeros(100, jnp.int32)
+    certain_wrong = Outputs(jnp.tile(jnp.asarray([[-50.0, 50.0]]), (100, 1)))
+    found = summarise(measure(certain_wrong, None, dict(label=label, weight=jnp.ones(100))))
+    assert found["ece"] == pytest.approx(1)
+    assert "agreement" not in found
+    coin = Outputs(jnp.zeros((100, 2)))
+    half = jnp.asarray(np.arange(100) % 2, jnp.int32)
+    assert summarise(measure(coin, None, dict(label=half, weight=jnp.ones(100))))["ece"] == pytest.approx(0, abs=1e-6)
