@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
-from jkd import fingerprint, sharding, state, step, trees
+from jkd import codehash, fingerprint, sharding, state, step, trees
 from jkd.config import Ensemble, Experiment, Run, StudentEma, every
 from jkd.context import Context, build, make_context
 from jkd.recipe import Vars
@@ -46,7 +47,7 @@ def describe(experiment: Experiment) -> str:
             students[name] = build(node.student)
             parts.append(_node(name, node, students))
         else:
-            parts.append(f"{name}: a function, {fingerprint.codehash.name(node)}; its result is known when it has run\n")
+            parts.append(f"{name}: a function, {codehash.name(node)}; its result is known when it has run\n")
     return "\n".join(parts)
 
 
@@ -81,36 +82,33 @@ def terms(ctx: Context) -> dict[str, tuple[float | None, float | None]]:
             made: dict[str, Term] = update.terms(vars, student, teacher, batch, clock=ctx.clock(now), key=key)
             return {name: jnp.asarray(term.coef, jnp.float32) for name, term in made.items()}
 
-        rest = (shapes, frozen, ctx.batch, key)
-        names = sorted(jax.eval_shape(coefficients, shapes.step, rest))
-        jaxpr = jax.make_jaxpr(coefficients)(shapes.step, rest)
-        ends = [_of_first_input(jaxpr, np.int32(now)) for now in (0, ctx.steps - 1)]
-        for name, first, last in zip(names, *ends, strict=True):
-            found[f"{update.name}.{name}" if update.name else name] = (first, last)
+        jaxpr, made = jax.make_jaxpr(coefficients, return_shape=True)(shapes.step, (shapes, frozen, ctx.batch, key))
+        # the outputs are in the order of the names: that is how jax flattens a dict
+        for name, variable in zip(sorted(made), jaxpr.jaxpr.outvars, strict=True):
+            at = _of_first_input(jaxpr, variable)
+            ends = (None, None) if at is None else (at(0), at(ctx.steps - 1))
+            found[f"{update.name}.{name}" if update.name else name] = ends
     return found
 
 
-def _of_first_input(closed: Any, first: Any) -> list[float | None]:
-    """A jaxpr's outputs given its first input alone; None for what needs another. Only what they need is computed."""
-    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    known[closed.jaxpr.invars[0]] = first
+def _of_first_input(closed: core.ClosedJaxpr, output: core.Var) -> Callable[[int], float] | None:
+    """One output of a jaxpr as a function of its first input; None where it needs another. Only what it needs is computed."""
     makers = {out: equation for equation in closed.jaxpr.eqns for out in equation.outvars}
-
-    def value(var: Any) -> Any:
-        if hasattr(var, "val"):
-            return var.val  # a literal
-        if var not in known:
-            known[var] = None
-            if (equation := makers.get(var)) is not None:
-                inputs = [value(each) for each in equation.invars]
-                if all(each is not None for each in inputs):
-                    functions, parameters = equation.primitive.get_bind_params(equation.params)
-                    made = equation.primitive.bind(*functions, *inputs, **parameters)
-                    known.update(zip(equation.outvars, made if equation.primitive.multiple_results else [made], strict=True))
-        return known[var]
-
-    outputs = [value(var) for var in closed.jaxpr.outvars]
-    return [None if each is None else float(each) for each in outputs]
+    needed, ready = [output], {*closed.jaxpr.constvars, closed.jaxpr.invars[0]}
+    used: set[int] = set()
+    while needed:
+        var = needed.pop()
+        if isinstance(var, core.Literal) or var in ready:
+            continue
+        ready.add(var)
+        if var not in makers:
+            return None  # another input
+        used.add(id(makers[var]))
+        needed += makers[var].invars
+    equations = [equation for equation in closed.jaxpr.eqns if id(equation) in used]
+    first = closed.jaxpr.invars[:1]
+    small = core.ClosedJaxpr(closed.jaxpr.replace(eqns=equations, invars=first, outvars=[output]), closed.consts)
+    return lambda value: float(core.jaxpr_as_fun(small)(np.int32(value))[0])
 
 
 def _node(name: str, run: Run, students: dict[str, Model]) -> str:
