@@ -52,11 +52,13 @@ def from_nnx(
         InputError: neither a module nor a constructor of one.
     """
     construct: Callable[[nnx.Rngs], nnx.Module] | None = None
-    if not isinstance(module, nnx.Module):
-        construct = _constructor(module)
-    # Annotations for flax's own eager sharding would demand a mesh here; placing arrays is the engine's part.
-    with nnx.use_eager_sharding(False):
-        sample = module if construct is None else nnx.eval_shape(lambda: construct(nnx.Rngs(0)))
+    if isinstance(module, nnx.Module):
+        sample = module
+    else:
+        construct = make = _constructor(module)
+        # Annotations for flax's own eager sharding would demand a mesh here; placing arrays is the engine's part.
+        with nnx.use_eager_sharding(False):
+            sample = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     network = Network.of(sample)
     weights = network.split(sample)
     if construct is None and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(weights)):
@@ -88,7 +90,7 @@ def _constructor(module: Any) -> Callable[[nnx.Rngs], nnx.Module]:
     while isinstance(inner, functools.partial):
         inner = inner.func
     # Of a class the signature of __init__: nnx's metaclass hides it.
-    named = "rngs" in inspect.signature(inner.__init__ if isinstance(inner, type) else inner).parameters
+    named = "rngs" in inspect.signature(getattr(inner, "__init__") if isinstance(inner, type) else inner).parameters  # noqa: B009
 
     def construct(rngs):
         made = module(rngs=rngs) if named else module(rngs)

@@ -5,14 +5,14 @@ those of RepDistiller (https://github.com/HobbitLong/RepDistiller) and mdistille
 ImageNet those of torchvision (stride in the 3x3 convolution). The networks compute in the dtype of their inputs and parameters;
 normalisation statistics are float32.
 
-Taps: ``stem``, ``stages/i``, ``stages/i/j``, ``pool`` and ``head``; `Config.features` and `Config.preactivations` name the ones
+Taps: ``stem``, ``stages/i``, ``stages/i/blocks/j``, ``pool`` and ``head``; `Config.features` and `Config.preactivations` name the ones
 that feature distillation usually reads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,53 +20,29 @@ from flax import nnx
 
 from jkd.errors import InputError, nearest
 from jkd.models.adapt_nnx import from_nnx
+from jkd.models.norms import BatchNorm, GroupNorm, LayerNorm, Norm
 from jkd.types import Model, Preprocess
+
+__all__ = [
+    "Basic",
+    "BatchNorm",
+    "Bottleneck",
+    "Config",
+    "GroupNorm",
+    "LayerNorm",
+    "Norm",
+    "ResNet",
+    "Wide",
+    "cifar",
+    "imagenet",
+    "wrn",
+]
 
 Array = jax.Array
 
 # kaiming_normal_(mode="fan_out", nonlinearity="relu"), and the default of torch.nn.Linear: uniform within ±1/sqrt(fan_in).
 _conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 _linear_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-class Norm(Protocol):
-    """What `Config.norm` may be: a frozen dataclass with this method."""
-
-    def build(self, features: int, rngs: nnx.Rngs) -> nnx.Module: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchNorm:
-    """Batch statistics; ``momentum`` is the share of the running average that is kept (PyTorch's is one minus it)."""
-
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-
-    def build(self, features: int, rngs: nnx.Rngs) -> nnx.Module:
-        return nnx.BatchNorm(features, momentum=self.momentum, epsilon=self.epsilon, rngs=rngs)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupNorm:
-    """Statistics of one example's channel groups: examples stay independent, so microbatches change nothing."""
-
-    groups: int = 8
-    epsilon: float = 1e-5
-
-    def build(self, features: int, rngs: nnx.Rngs) -> nnx.Module:
-        if features % self.groups:
-            raise InputError(f"norm=GroupNorm(groups={self.groups}): {features} channels don't divide into that many groups")
-        return nnx.GroupNorm(features, num_groups=self.groups, epsilon=self.epsilon, rngs=rngs)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerNorm:
-    """Statistics of one pixel's channels."""
-
-    epsilon: float = 1e-6
-
-    def build(self, features: int, rngs: nnx.Rngs) -> nnx.Module:
-        return nnx.LayerNorm(features, epsilon=self.epsilon, rngs=rngs)
 
 
 class _Layers:
@@ -191,6 +167,18 @@ class Stem(nnx.Module):
         return nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.shrink else x
 
 
+class Stage(nnx.Module):
+    """Blocks of one width, one after the other."""
+
+    def __init__(self, blocks: list[Any]):
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, x: Array) -> Array:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class Pool(nnx.Module):
     """Mean over height and width; a module so that it can be tapped (the input of the head)."""
 
@@ -212,7 +200,7 @@ class ResNet(nnx.Module):
                 block = config.block(inputs, width, stride, layers=layers, zero_init=config.zero_init, dropout=config.dropout)
                 blocks.append(block)
                 inputs = width * config.block.expansion
-            stages.append(nnx.Sequential(*blocks))
+            stages.append(Stage(blocks))
         self.stages = nnx.List(stages)
         self.norm = layers.norm(inputs) if config.block is Wide else None
         self.pool = Pool()
@@ -273,7 +261,11 @@ class Config:
 
     def build(self) -> Model:
         """The Model, holding shapes; ``init(key)`` makes weights."""
-        return from_nnx(lambda rngs: ResNet(self, rngs), preprocess=self.preprocess, name=f"resnet{self.layers}")
+        return from_nnx(
+            lambda rngs: ResNet(self, rngs),
+            preprocess=self.preprocess,
+            name=f"{'wrn' if self.block is Wide else 'resnet'}{self.layers}",
+        )
 
     @property
     def layers(self) -> int:
@@ -290,8 +282,8 @@ class Config:
         """Taps of the same maps before their activation, as mdistiller's ``preact_feats``."""
         stages = range(len(self.depths))
         if self.block is Wide:
-            return ("stem", *(f"stages/{number}/layers/0/norm1" for number in stages[1:]), "norm")
-        return ("stem", *(f"stages/{number}/layers/{self.depths[number] - 1}:preactivation" for number in stages))
+            return ("stem", *(f"stages/{number}/blocks/0/norm1" for number in stages[1:]), "norm")
+        return ("stem", *(f"stages/{number}/blocks/{self.depths[number] - 1}:preactivation" for number in stages))
 
 
 _CIFAR = {f"resnet{depth}": (depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)}

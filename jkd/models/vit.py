@@ -162,6 +162,11 @@ class Config:
         """The Model, holding shapes; ``init(key)`` makes weights."""
         return from_nnx(lambda rngs: ViT(self, rngs), preprocess=self.preprocess, name="vit")
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Taps of every block's output, ``[batch, tokens, dim]``."""
+        return tuple(f"blocks/{number}" for number in range(self.depth))
+
 
 def _deit(dim: int, heads: int, classes: int, changes: dict[str, Any]) -> Config:
     given: dict[str, Any] = {"dim": dim, "heads": heads, "classes": classes, "preprocess": IMAGENET}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 
 from jkd import models
 from jkd.errors import InputError
@@ -30,7 +31,7 @@ def test_weights_or_a_function_of_a_key():
     assert (held.name, made.name) == ("linear", "linear")
     assert held.buffers == {}
     np.testing.assert_array_equal(held.init(jax.random.key(5))[0]["kernel"], weights["kernel"])
-    params, buffers = jax.jit(made.init)(jax.random.key(0))
+    params, buffers = jit(made.init)(jax.random.key(0))
     outputs, new = made.apply(params, buffers, BATCH)
     np.testing.assert_allclose(outputs.logits, BATCH["image"] @ params["kernel"], rtol=1e-6)
     assert new == buffers == {}
@@ -92,5 +93,5 @@ def test_preprocess(shape, dtype):
 
 def test_teacher_and_student_want_different_sizes():
     model = models.from_function(lambda params, x: x.mean((1, 2)), {}, preprocess=Preprocess(size=(2, 2), mean=(1.0,)))
-    outputs, _ = jax.jit(functools.partial(model.apply, {}, {}))({"image": jnp.full((1, 4, 4, 3), 0.25)})
+    outputs, _ = jit(functools.partial(model.apply, {}, {}))({"image": jnp.full((1, 4, 4, 3), 0.25)})
     np.testing.assert_allclose(outputs.logits, np.full((1, 3), -0.75), rtol=1e-6)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from quick import jit
 
 from jkd import models
 from jkd.errors import InputError
@@ -70,13 +71,13 @@ def batch():
 @pytest.fixture(scope="module")
 def setup():
     model = models.from_linen(Setup(), example=EXAMPLE)
-    return model.with_weights(*jax.jit(model.init)(jax.random.key(0)))
+    return model.with_weights(*jit(model.init)(jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
 def compact():
     model = models.from_linen(Compact(), example=EXAMPLE)
-    return model.with_weights(*jax.jit(model.init)(jax.random.key(0)))
+    return model.with_weights(*jit(model.init)(jax.random.key(0)))
 
 
 def same(a, b):
@@ -97,7 +98,7 @@ def test_collections_become_params_and_buffers(compact, batch):
 
 
 def test_training_draws_from_the_key_and_moves_statistics(compact, batch):
-    apply = jax.jit(lambda key: compact.apply(compact.params, compact.buffers, batch, taps=("Dropout_0",), train=True, key=key))
+    apply = jit(lambda key: compact.apply(compact.params, compact.buffers, batch, taps=("Dropout_0",), train=True, key=key))
     outputs, new = apply(jax.random.key(0))
     same(outputs, apply(jax.random.PRNGKey(0))[0])
     assert (outputs.taps["Dropout_0"] == 0).any()
@@ -120,7 +121,7 @@ def test_under_grad_and_scan(compact, batch):
         return (jax.tree.map(jnp.subtract, params, grads), buffers), None
 
     keys = jax.random.split(jax.random.key(0), 2)
-    carry, _ = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))((compact.params, compact.buffers))
+    carry, _ = jit(lambda carry: jax.lax.scan(step, carry, keys))((compact.params, compact.buffers))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry))
 
 
@@ -152,10 +153,10 @@ def test_wrong_taps(setup, batch, tap, message):
 
 def test_scanned_layers(batch):
     model = models.from_linen(Scanned(), example=EXAMPLE)
-    params, _ = jax.jit(model.init)(jax.random.key(0))
+    params, _ = jit(model.init)(jax.random.key(0))
     assert params["layers"]["Dense_0"]["kernel"].shape == (3, DIM, DIM)
     assert model.paths(batch)["layers/Dense_0"].shape == (3, 8, DIM)
-    outputs = jax.jit(lambda p: model.apply(p, {}, batch, taps=("layers/Dense_0@2", "layers/Dense_0"))[0])(params)
+    outputs = jit(lambda p: model.apply(p, {}, batch, taps=("layers/Dense_0@2", "layers/Dense_0"))[0])(params)
     same(outputs.taps["layers/Dense_0@2"], outputs.logits)
     hidden = models.from_linen(Scanned(shown=False), example=EXAMPLE)
     assert "layers/Dense_0" not in hidden.paths(batch)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from quick import jit
 
 from jkd import models
 from jkd.errors import InputError
@@ -81,7 +82,7 @@ class Small(nnx.Module):
 @pytest.fixture(scope="module")
 def net():
     model = models.from_nnx(Net)
-    params, buffers = jax.jit(model.init)(jax.random.key(0))
+    params, buffers = jit(model.init)(jax.random.key(0))
     return model, params, buffers
 
 
@@ -115,7 +116,7 @@ def test_trees_are_plain_and_hold_no_random_state(net):
 
 def test_eval_keeps_buffers_and_needs_no_key(net, batch):
     model, params, buffers = net
-    logits = jax.jit(lambda key: model.apply(params, buffers, batch, key=key)[0].logits)
+    logits = jit(lambda key: model.apply(params, buffers, batch, key=key)[0].logits)
     same(logits(None), logits(jax.random.key(3)))
     assert jax.eval_shape(lambda: model.apply(params, buffers, batch)[0]).logits.shape == (8, 3)
     _, new = model.submodule("head").apply(params["head"], {}, batch["image"])
@@ -124,7 +125,7 @@ def test_eval_keeps_buffers_and_needs_no_key(net, batch):
 
 def test_training_draws_from_the_key_alone(net, batch):
     model, params, buffers = net
-    apply = jax.jit(lambda key: model.apply(params, buffers, batch, train=True, key=key))
+    apply = jit(lambda key: model.apply(params, buffers, batch, train=True, key=key))
     first, new = apply(jax.random.key(1))
     same(first.logits, apply(jax.random.key(1))[0].logits)
     assert not np.allclose(first.logits, apply(jax.random.key(2))[0].logits)
@@ -139,7 +140,7 @@ def test_training_draws_from_the_key_alone(net, batch):
 
 def test_stacked_layers_draw_different_masks(net, batch):
     model, params, buffers = net
-    run = jax.jit(lambda p: model.apply(p, buffers, batch, taps=("stack/drop",), train=True, key=jax.random.key(0))[0])
+    run = jit(lambda p: model.apply(p, buffers, batch, taps=("stack/drop",), train=True, key=jax.random.key(0))[0])
     outputs = run(params)
     dropped = np.asarray(outputs.taps["stack/drop"] == 0)
     assert dropped.shape == (3, 8, DIM)
@@ -152,7 +153,7 @@ def test_same_answer_as_the_module_itself(batch):
     model = models.from_nnx(module)
     assert model.initialised
     module.eval()
-    outputs, _ = jax.jit(model.apply)(model.params, model.buffers, batch)
+    outputs, _ = jit(model.apply)(model.params, model.buffers, batch)
     close(outputs.logits, nnx.jit(lambda module, x: module(x))(module, batch["image"]))
 
 
@@ -217,7 +218,7 @@ def test_every_path_is_captured_with_its_shape(net, batch):
         ":features",
     } <= set(paths)
     assert paths["stack/drop"].shape == (3, 8, DIM)
-    outputs, _ = jax.jit(lambda p: model.apply(p, buffers, batch, taps=tuple(paths)))(params)
+    outputs, _ = jit(lambda p: model.apply(p, buffers, batch, taps=tuple(paths)))(params)
     assert outputs.taps.keys() == paths.keys()
     for path, tap in outputs.taps.items():
         assert (tap.shape, tap.dtype) == (paths[path].shape, paths[path].dtype), path
@@ -226,7 +227,7 @@ def test_every_path_is_captured_with_its_shape(net, batch):
 def test_only_requested_taps_and_in_the_callers_words(net, batch):
     model, params, buffers = net
     taps = ("head", "stack@2", "stack@-1", "stack", ":features", "blocks/0:__call__")
-    outputs = jax.jit(lambda p: model.apply(p, buffers, batch, taps=taps)[0])(params)
+    outputs = jit(lambda p: model.apply(p, buffers, batch, taps=taps)[0])(params)
     assert set(outputs.taps) == set(taps)
     same(outputs.taps["head"], outputs.logits)
     same(outputs.taps["stack@2"], outputs.taps["stack"][2])
@@ -237,7 +238,7 @@ def test_only_requested_taps_and_in_the_callers_words(net, batch):
 def test_calls_in_order(net, batch):
     model, params, buffers = net
     taps = ("blocks/0/linear#0", "blocks/0/linear#1", "blocks/0:twice")
-    outputs = jax.jit(lambda p: model.apply(p, buffers, batch, taps=taps)[0])(params)
+    outputs = jit(lambda p: model.apply(p, buffers, batch, taps=taps)[0])(params)
     weights = params["blocks"]["0"]["linear"]
     close(outputs.taps["blocks/0/linear#0"], batch["image"] @ weights["kernel"] + weights["bias"][None])
     same(outputs.taps["blocks/0/linear#1"], outputs.taps["blocks/0:twice"])
@@ -343,14 +344,14 @@ def test_what_transformations_hide_is_left_out(batch):
 def test_head_on_tapped_features_gives_the_logits(net, batch):
     model, params, buffers = net
     model = model.with_weights(params, buffers)
-    outputs = jax.jit(lambda p: model.apply(p, buffers, batch, taps=(":features", "blocks/0:twice"))[0])(params)
+    outputs = jit(lambda p: model.apply(p, buffers, batch, taps=(":features", "blocks/0:twice"))[0])(params)
     head = model.submodule("head")
     same(head.params, params["head"])
     assert head.buffers == {}
     close(head.apply(head.params, {}, outputs.taps[":features"])[0].logits, outputs.logits)
     # Several arguments are a tuple, a part has parts and taps, and is made as in the whole.
     block = model.submodule("stack")
-    close(jax.jit(block.init)(jax.random.key(0))[0], params["stack"])
+    close(jit(block.init)(jax.random.key(0))[0], params["stack"])
     first = model.submodule("blocks/0")
     assert first.couples_batch
     assert "linear#1" in first.paths((batch["image"],))
@@ -403,11 +404,11 @@ def test_sharded_init_gives_the_same_values():
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = lambda leaf: PartitionSpec("fsdp") if leaf.ndim and leaf.shape[0] % 8 == 0 else PartitionSpec()  # noqa: E731
     shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf)), (model.params, model.buffers))
-    params, buffers = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+    params, buffers = jit(model.init, out_shardings=shardings)(jax.random.key(0))
     assert params["linear"]["kernel"].sharding.spec == PartitionSpec("fsdp")
     assert len(params["linear"]["kernel"].addressable_shards) == 8
-    close((params, buffers), jax.jit(model.init)(jax.random.key(0)))
-    outputs, _ = jax.jit(lambda p: model.apply(p, buffers, {"image": jnp.ones((2, 8))}))(params)
+    close((params, buffers), jit(model.init)(jax.random.key(0)))
+    outputs, _ = jit(lambda p: model.apply(p, buffers, {"image": jnp.ones((2, 8))}))(params)
     assert outputs.logits.shape == (2, 16)
 
 
@@ -498,7 +499,7 @@ def test_preprocess_of_bytes_and_floats():
     assert model.preprocess is preprocess
     params, buffers = model.init(jax.random.key(0))
     image = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3)).astype(np.uint8)
-    apply = jax.jit(lambda image: model.apply(params, buffers, {"image": image})[0].logits)
+    apply = jit(lambda image: model.apply(params, buffers, {"image": image})[0].logits)
     bytes_, floats = apply(image), apply(image.astype(np.float32) / 255)
     close(bytes_, floats)
 

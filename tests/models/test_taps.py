@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 
 from jkd.errors import InputError
 from jkd.models import taps
@@ -37,7 +38,7 @@ def test_rank_survives_transformations():
         return carry, Captured({"x": carry})
 
     _, plain = layer(jnp.ones((2, 3)), None)
-    _, stacked = jax.jit(lambda x: jax.lax.scan(layer, x, None, length=4))(jnp.ones((2, 3)))
+    _, stacked = jit(lambda x: jax.lax.scan(layer, x, None, length=4))(jnp.ones((2, 3)))
     assert not plain.stacked
     assert stacked.stacked
     assert stacked.value["x"].shape == (4, 2, 3)
