@@ -14,7 +14,7 @@ from jkd.config import StudentEma
 from jkd.context import Context
 from jkd.errors import InputError
 from jkd.recipe import Bank
-from jkd.types import Array, Tree
+from jkd.types import Array, Batch, Tree
 
 
 @jax.tree_util.register_dataclass
@@ -132,6 +132,25 @@ def state_shardings(ctx: Context) -> State:
         key=P(),  # type: ignore[arg-type]
     )
     return sharding.shardings(specs, ctx.mesh)
+
+
+def step_shapes(ctx: Context) -> tuple[State, Frozen, Batch]:
+    """What a step is called with, as shapes in their places: enough to trace it, and to compile it ahead of time."""
+
+    def placed(shapes: Tree, places: Tree) -> Tree:
+        return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
+
+    frozen, batch = frozen_shapes(ctx), ctx.batch if ctx.prepares else ctx.raw_batch
+    specs = {
+        "params": {group: ctx.specs[group] for group in frozen["params"]},
+        "buffers": jax.tree.map(lambda _: P(), frozen["buffers"]),
+    }
+    rows = jax.tree.map(lambda _: sharding.BATCH, batch)
+    return (
+        placed(state_shapes(ctx), state_shardings(ctx)),
+        placed(frozen, sharding.shardings(specs, ctx.mesh)),
+        placed(batch, sharding.shardings(rows, ctx.mesh)),
+    )
 
 
 def trainable(ctx: Context, group: str, params: Tree) -> tuple[Tree, Tree]:

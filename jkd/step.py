@@ -22,7 +22,7 @@ from jkd.context import Context, augment, explained, to_compute
 from jkd.errors import InputError
 from jkd.recipe import Models, Update, Vars
 from jkd.schedules import Clock
-from jkd.state import Frozen, State, frozen_shapes, state_shapes, state_shardings, trainable
+from jkd.state import Frozen, State, frozen_shapes, state_shapes, state_shardings, step_shapes, trainable
 from jkd.types import Array, Batch, Model, Outputs, Term, Tree, subtree
 
 Metrics = dict[str, Array]
@@ -58,7 +58,7 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
 
     made = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(ctx), None))
     # mistakes in a recipe's hooks are told now; the first call finds this trace
-    made.eval_shape(state_shapes(ctx), frozen_shapes(ctx), ctx.batch if ctx.prepares else ctx.raw_batch)
+    made.eval_shape(*step_shapes(ctx))
     return made
 
 
