@@ -211,6 +211,8 @@ class _Training:
         self.listener.run_started(self.name, ctx, start)
         self._check_teacher(state, frozen)
         feed = _Feed(self, start, weights)
+        if start and feed.resamples(start):
+            feed.resample(state, start)  # a checkpoint is written before the reading that its step is due
         clock = _Stopwatch(run.batch_size)
         evaluations = every(run.evaluate_every, steps)
         saves = every(run.checkpoint_every, steps) if self.checkpoints is not None else 0
