@@ -8,14 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -25,9 +21,10 @@ from jkd.config import Ensemble, Experiment, Run, dependencies, every
 from jkd.context import Context, make_context
 from jkd.errors import InputError
 from jkd.evaluate import make_evaluate
-from jkd.recipe import Recipe
+from jkd.feed import Feed
+from jkd.interrupts import Interrupts
 from jkd.state import Frozen, State, freeze, init_state, state_shapes, state_shardings
-from jkd.step import make_prepare, make_step, make_term_gradients, models_of
+from jkd.step import make_step, make_term_gradients, models_of
 from jkd.types import Batch, Model
 
 Summary = dict[str, Any]
@@ -105,7 +102,7 @@ def train(experiment: Experiment | Run, workdir: Any = None, *, listener: Listen
     used = {name for node in experiment.nodes.values() for name in dependencies(node)}
     done: dict[str, _Finished] = {}
     artifacts: dict[str, Any] = {}
-    with _Signals() as signals:
+    with Interrupts() as signals:
         for name, node in experiment.nodes.items():
             earlier = {needed: _value(artifacts[needed]) for needed in dependencies(node)}
             if not isinstance(node, Run):
@@ -146,7 +143,9 @@ def claim(folder: epath.Path, experiment: Experiment) -> epath.Path:
             there = json.loads(file.read_text())
             if there != wanted:
                 differences = fingerprint.differences(there, wanted)
-                raise InputError(f"workdir {folder} holds another config ({'; '.join(differences[:5])}); give another --workdir")
+                raise InputError(
+                    f"workdir {folder} holds another config ({'; '.join(differences[:5])}); give another --workdir"
+                )
         elif jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(wanted, indent=1) + "\n")
@@ -173,7 +172,7 @@ class _Finished:
 class _Training:
     """One run: builds its programs, and keeps what the loop needs between steps."""
 
-    def __init__(self, name: str, run: Run, folder: epath.Path | None, listener: Listener, signals: _Signals):
+    def __init__(self, name: str, run: Run, folder: epath.Path | None, listener: Listener, signals: Interrupts):
         self.name, self.run, self.folder, self.listener, self.signals = name, run, folder, listener, signals
         self.ctx = make_context(run)
         self.process = (jax.process_index(), jax.process_count())
@@ -192,7 +191,9 @@ class _Training:
         def load() -> tuple[State, Model]:
             restored = self._restore()
             if restored is None:
-                raise InputError(f"{self.folder}: the finished run has lost its checkpoints; remove the folder to train it again")
+                raise InputError(
+                    f"{self.folder}: the finished run has lost its checkpoints; remove the folder to train it again"
+                )
             return restored[0], self._product(restored[0], freeze(self.ctx))
 
         return _Finished(result["summary"], result["metrics"], load)
@@ -210,10 +211,10 @@ class _Training:
         writer = metrics.writers(self.folder if self.process[0] == 0 else None, start)
         self.listener.run_started(self.name, ctx, start)
         self._check_teacher(state, frozen)
-        feed = _Feed(self, start, weights)
-        if start and feed.resamples(start):
+        feed = Feed(ctx, self.process, start, weights)
+        if feed.resamples(start):
             feed.resample(state, start)  # a checkpoint is written before the reading that its step is due
-        clock = _Stopwatch(run.batch_size)
+        clock = metrics.Stopwatch(run.batch_size)
         evaluations = every(run.evaluate_every, steps)
         saves = every(run.checkpoint_every, steps) if self.checkpoints is not None else 0
         pending: tuple[int, Any] | None = None
@@ -238,7 +239,9 @@ class _Training:
                         if evaluating:
                             evaluation = self._evaluate(state, frozen, batch, done, writer)
                         if saving and self.checkpoints is not None:
-                            self.checkpoints.save(done, state, self._meta(done, feed.weights), evaluation if evaluating else None)
+                            self.checkpoints.save(
+                                done, state, self._meta(done, feed.weights), evaluation if evaluating else None
+                            )
                             writer.flush()
                 if stopping and done < steps:
                     if self.checkpoints is not None:
@@ -256,7 +259,6 @@ class _Training:
     def _programs(self, frozen: Frozen) -> None:
         ctx, run = self.ctx, self.run
         self.step = make_step(ctx)
-        self.prepare = make_prepare(ctx)
         self.term_gradients = make_term_gradients(ctx)
         self.evaluation: Callable[[State, Frozen], dict[str, float]] | None = None
         if run.data is not None and run.data.has_eval:
@@ -303,11 +305,15 @@ class _Training:
                     "preprocess and the order of its classes"
                 )
 
-    def _arrived(self, step: int, values: Any, writer: metrics.Writer, clock: _Stopwatch) -> None:
+    def _arrived(self, step: int, values: Any, writer: metrics.Writer, clock: metrics.Stopwatch) -> None:
         """Metrics of a dispatched step are here: look at them, write them, tell them."""
         found = {name: float(value) for name, value in jax.device_get(values).items()}
         if not (math.isfinite(found["loss"]) and math.isfinite(found["gradient_norm"])):
-            bad = [name.removeprefix("term/") for name, value in found.items() if name.startswith("term/") and not math.isfinite(value)]
+            bad = [
+                name.removeprefix("term/")
+                for name, value in found.items()
+                if name.startswith("term/") and not math.isfinite(value)
+            ]
             cause = f"the term {bad[0]!r} is {found['term/' + bad[0]]}" if bad else "every term is finite, a gradient is not"
             if self.checkpoints is not None:
                 self.checkpoints.wait()  # a save under way counts once it is on disk
@@ -318,7 +324,9 @@ class _Training:
         if (step + 1) % self.run.log_every == 0 or step == 0:
             idle = {name.partition("/")[2] for name, value in found.items() if name.startswith("coef/") and value == 0}
             kept_values = {name: value for name, value in found.items() if name.partition("/")[2] not in idle}
-            writer.write(step + 1, {f"train/{name}": value for name, value in kept_values.items()} | {"train/examples_per_s": rate})
+            writer.write(
+                step + 1, {f"train/{name}": value for name, value in kept_values.items()} | {"train/examples_per_s": rate}
+            )
         self.listener.stepped(self.name, step + 1, self.run.steps, found, rate)
 
     def _evaluate(self, state: State, frozen: Frozen, batch: Batch, step: int, writer: metrics.Writer) -> dict[str, float]:
@@ -332,7 +340,7 @@ class _Training:
     def _product(self, state: State, frozen: Frozen) -> Model:
         return self.ctx.recipe.deploy(models_of(self.ctx, state, frozen, ema=self.run.evaluate_ema))
 
-    def _finish(self, state: State, frozen: Frozen, evaluation: dict[str, float], clock: _Stopwatch) -> _Finished:
+    def _finish(self, state: State, frozen: Frozen, evaluation: dict[str, float], clock: metrics.Stopwatch) -> _Finished:
         product = self._product(state, frozen)
         everywhere = jax.sharding.NamedSharding(self.ctx.mesh, jax.sharding.PartitionSpec())
         gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
@@ -349,130 +357,6 @@ class _Training:
             (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         self.listener.run_finished(self.name, summary)
         return _Finished(summary, evaluation, lambda: (state, product))
-
-
-class _Feed:
-    """Batches of a run, one ahead of the step that trains on them."""
-
-    def __init__(self, training: _Training, start: int, weights: np.ndarray | None):
-        if training.run.data is None:
-            raise InputError("Run.data = None: train() needs data; feed batches by hand to jkd.make_step instead")
-        self._training, self.weights = training, None if weights is None else np.asarray(weights)
-        self._prepare = training.prepare
-        self._samples = type(training.run.recipe).sampling is not Recipe.sampling
-        self._ready: Batch | None = None
-        self._open(start)
-
-    def _open(self, start: int) -> None:
-        run = self._training.run
-        assert run.data is not None
-        self._rows: Iterator[Batch] = run.data.batches(
-            run.batch_size, seed=run.seed, start=start, process=self._training.process, weights=self.weights
-        )
-
-    def read_ahead(self, state: State, frozen: Frozen, step: int) -> None:
-        """Reads the batch of a step, and prepares it where that needs nothing that training changes."""
-        if self.resamples(step):
-            return  # the batch depends on what the recipe says once this step's memory is there
-        batch = sharding.put_batch(next(self._rows), self._training.ctx.mesh)
-        if self._prepare is not None and self._prepare[1]:
-            batch = self._prepare[0](state, frozen, batch, jnp.int32(step))
-        self._ready = batch
-
-    def next(self, state: State, frozen: Frozen, step: int) -> Batch:
-        """The batch of a step."""
-        if self._ready is None:
-            self._ready = sharding.put_batch(next(self._rows), self._training.ctx.mesh)
-            if self._prepare is not None and self._prepare[1]:
-                self._ready = self._prepare[0](state, frozen, self._ready, jnp.int32(step))
-        batch, self._ready = self._ready, None
-        if self._prepare is not None and not self._prepare[1]:
-            batch = self._prepare[0](state, frozen, batch, jnp.int32(step))
-        return batch
-
-    def resamples(self, step: int) -> bool:
-        """Whether the recipe is asked for sampling weights before this step."""
-        return self._samples and step % self._training.run.sample_every == 0
-
-    def resample(self, state: State, step: int) -> None:
-        """Asks the recipe which examples to draw from now on."""
-        weights = self._training.run.recipe.sampling(sharding.local(state.memory))
-        if weights is not None:
-            self.weights = np.asarray(weights)
-            self.close()
-            self._open(step)
-
-    def close(self) -> None:
-        close = getattr(self._rows, "close", None)
-        if close is not None:
-            close()
-
-
-class _Stopwatch:
-    """Examples a second, without compilation (the first two steps), evaluations and saves."""
-
-    def __init__(self, batch_size: int):
-        self._batch_size, self._ticks, self._spent = batch_size, 0, 0.0
-        self._last: float | None = None
-        self._recent = 0.0
-
-    def tick(self) -> float:
-        now = time.perf_counter()
-        if self._ticks >= 2 and self._last is not None:
-            took = now - self._last
-            self._spent += took
-            self._recent = 0.95 * self._recent + 0.05 * took if self._recent else took
-        self._ticks, self._last = self._ticks + 1, now
-        return self._batch_size / self._recent if self._recent else 0.0
-
-    def paused(self) -> Any:
-        watch = self
-
-        class Pause:
-            def __enter__(self) -> None:
-                self.start = time.perf_counter()
-
-            def __exit__(self, *_: Any) -> None:
-                if watch._last is not None:
-                    watch._last += time.perf_counter() - self.start
-
-        return Pause()
-
-    def mean(self) -> float | None:
-        return (self._ticks - 2) * self._batch_size / self._spent if self._spent else None
-
-
-class _Signals:
-    """SIGTERM and SIGINT as a wish to stop after the step that runs; a second one ends the process at once.
-
-    With several processes jax.distributed owns SIGTERM: all of them learn at the same step that one was told to stop.
-    """
-
-    def __init__(self) -> None:
-        self._wish = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._wished)
-        return self
-
-    def _wished(self, number: int, frame: Any) -> None:
-        self._wish = True
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-
-    def stop(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._wish
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def _once(function: Callable[[], Any]) -> Callable[[], Any]:

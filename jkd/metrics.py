@@ -1,10 +1,12 @@
-"""Where numbers go while a run trains: writers behind one protocol, in the run's folder."""
+"""Where numbers go while a run trains (writers behind one protocol), and how fast it goes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from etils import epath
@@ -109,3 +111,34 @@ def writers(folder: epath.Path | None, start: int) -> Several:
     if "://" in str(folder):
         return Several(lines)
     return Several(lines, TensorBoard(folder, start))
+
+
+class Stopwatch:
+    """Examples a second, without compilation (the first two steps), evaluations and saves."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size, self._ticks, self._spent = batch_size, 0, 0.0
+        self._last: float | None = None
+        self._recent = 0.0
+
+    def tick(self) -> float:
+        """A step has arrived; answers the examples per second of the last steps (0 until they can be told)."""
+        now = time.perf_counter()
+        if self._ticks >= 2 and self._last is not None:
+            took = now - self._last
+            self._spent += took
+            self._recent = 0.95 * self._recent + 0.05 * took if self._recent else took
+        self._ticks, self._last = self._ticks + 1, now
+        return self._batch_size / self._recent if self._recent else 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        start = time.perf_counter()
+        yield
+        if self._last is not None:
+            self._last += time.perf_counter() - start
+
+    def mean(self) -> float | None:
+        """Examples per second over the whole run, or None where it was too short."""
+        return (self._ticks - 2) * self._batch_size / self._spent if self._spent else None
