@@ -36,10 +36,12 @@ class Optimizer:
     def build(self, clock: Callable[[Array], Clock]) -> optax.GradientTransformation:
         """The optax transformation; ``clock`` turns its own count of updates into the run's clock."""
 
+        patterns = self.decay
+
         def decays(params: Tree) -> Tree:
-            if self.decay is None:
+            if patterns is None:
                 return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
-            return trees.map_with_path(lambda path, _: trees.matches(path, self.decay), params)
+            return trees.map_with_path(lambda path, _: trees.matches(path, patterns), params)
 
         decay = [optax.add_decayed_weights(self.weight_decay, decays)] if self.weight_decay else []
         return optax.chain(

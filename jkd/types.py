@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jkd.errors import InputError
 
@@ -201,6 +202,6 @@ class Term:
         coef: scalar, may be traced (a schedule).
     """
 
-    values: Array
-    weight: Array
+    values: Array | np.ndarray
+    weight: Array | np.ndarray
     coef: float | Array = 1.0

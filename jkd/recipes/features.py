@@ -33,7 +33,7 @@ class Match(Recipe):
         couples: True where ``loss`` compares examples.
     """
 
-    loss: Callable[..., Array] = losses.mse
+    loss: Callable[..., Any] = losses.mse
     projector: Projector | None = None
     weight: float | Schedule = 1.0
     task_weight: float = 1.0
