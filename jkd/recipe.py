@@ -281,6 +281,10 @@ class Combine(Recipe):
         return any(member.needs_teacher for member in self.recipes)
 
     @property
+    def same_classes(self) -> bool:  # type: ignore[override]
+        return any(member.same_classes for member in self.recipes)
+
+    @property
     def teacher_gradient(self) -> Literal["stop", "through"]:  # type: ignore[override]
         return "through" if any(member.teacher_gradient == "through" for member in self.recipes) else "stop"
 
@@ -289,18 +293,21 @@ class Combine(Recipe):
         return any(member.couples_batch for member in self.recipes)
 
     def _own(self, vars: Vars, place: int) -> Vars:
-        prefix = f"{place}:"
-        shared = {group: tree for group, tree in vars.params.items() if ":" not in group}
-        own = {group.removeprefix(prefix): tree for group, tree in vars.params.items() if group.startswith(prefix)}
-        return Vars(params=shared | own, memory=vars.memory[str(place)])
+        def own(groups: Mapping[str, Tree]) -> dict[str, Tree]:
+            shared = {group: tree for group, tree in groups.items() if ":" not in group}
+            prefix = f"{place}:"
+            return shared | {g.removeprefix(prefix): tree for g, tree in groups.items() if g.startswith(prefix)}
+
+        return Vars(params=own(vars.params), memory=vars.memory[str(place)], buffers=own(vars.buffers))
 
     def init(self, key: Array, ctx: Context) -> Vars:
-        params, memory = {}, {}
+        params, memory, buffers = {}, {}, {}
         for place, member in enumerate(self.recipes):
             own = member.init(jax.random.fold_in(key, place), ctx)
             params |= {f"{place}:{group}": tree for group, tree in own.params.items()}
+            buffers |= {f"{place}:{group}": tree for group, tree in own.buffers.items()}
             memory[str(place)] = own.memory
-        return Vars(params=params, memory=memory)
+        return Vars(params=params, memory=memory, buffers=buffers)
 
     def terms(self, vars, student, teacher, batch, *, clock, key):
         terms: dict[str, Term] = {}

@@ -51,7 +51,12 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
                 idle = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state)[1:])
                 runs = start.step % update.every == 0
                 state, means, norm = jax.lax.cond(runs, run, lambda state, idle=idle: (state, *idle), state)
-            terms |= {f"{update.name}.{name}" if update.name else name: mean for name, mean in means.items()}
+            more = {f"{update.name}.{name}" if update.name else name: mean for name, mean in means.items()}
+            if twice := terms.keys() & more.keys():
+                raise InputError(
+                    f"{type(ctx.recipe).__name__}: two updates have the same term {min(twice)!r}; give one an Update.name"
+                )
+            terms |= more
             norms.append(norm)
         state = dataclasses.replace(state, step=start.step + 1, ema=_average(ctx, state, clock))
         return state, _report(ctx, terms, norms, clock)
@@ -231,10 +236,11 @@ def _update(
     for group, gradient in gradients.items():
         params[group], optimizer[group] = _moved(ctx, group, params[group], gradient, optimizer[group])
     terms = {name: mean["term"] for name, mean in means.items()}
-    memory = update.remember(state.memory, observed, batch, terms=terms, clock=clock, key=jax.random.fold_in(key, 1))  # type: ignore[misc]
-    moved = dataclasses.replace(
-        state, params=params, optimizer=optimizer, buffers=buffers, memory=_same_kind(ctx, memory, state.memory)
-    )
+    with explained(f"{type(ctx.recipe).__name__}.remember"):
+        key = jax.random.fold_in(key, 1)
+        memory = update.remember(state.memory, observed, batch, terms=terms, clock=clock, key=key)  # type: ignore[misc]
+    memory = _same_kind(ctx, jax.tree.map(jnp.asarray, memory), state.memory)
+    moved = dataclasses.replace(state, params=params, optimizer=optimizer, buffers=buffers, memory=memory)
     return moved, means, optax.tree.norm(gradients)
 
 
@@ -330,6 +336,8 @@ def _objective(
 
 def _sums(name: str, term: Term) -> tuple[Array, Array]:
     """``(sum of values * weight, sum of weight)``; trailing axes of the values beyond the weight's are averaged."""
+    if not isinstance(term, Term):
+        raise InputError(f"term {name!r} is no Term(values, weight, coef) but {type(term).__name__}")
     values, weight = jnp.asarray(term.values, jnp.float32), jax.lax.stop_gradient(jnp.asarray(term.weight, jnp.float32))
     if weight.ndim == 0 or values.shape[: weight.ndim] != weight.shape:
         raise InputError(
