@@ -132,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = (str(error).strip().splitlines() or [""])[0]
         hint = "" if show else "; JKD_TRACEBACK=1 shows where"
         # what jkd itself calls a failure says all in its line
-        kind = "" if type(error).__module__.startswith("jkd.") else type(error).__name__ + ": "
-        code = _say(f"failed: {kind}{text}{hint}", FAILED, show)
+        kind = [] if type(error).__module__.startswith("jkd.") else [type(error).__name__]
+        code = _say(f"failed: {': '.join([*kind, *([text] if text else [])])}{hint}", FAILED, show)
     return _left_alone(code)
 
 

@@ -161,7 +161,7 @@ def test_mistakes_that_shapes_show_are_told():
         describe(Experiment(teacher=run(student=WIDE), student=wrong))
 
 
-SLOW = ("imagenet_funmatch_resnet50",)
+SLOW = ("cifar100_resnet32x4_resnet8x4", "imagenet_funmatch_resnet50")
 
 
 @pytest.mark.parametrize(
