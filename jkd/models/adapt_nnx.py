@@ -38,6 +38,9 @@ def from_nnx(
     passed to ``__call__`` where that takes ``train``, ``deterministic`` or the like. With ``train=False`` buffers come back
     unchanged.
 
+    For bfloat16 compute build an ``nnx.BatchNorm`` with ``dtype=jnp.bfloat16``: without a dtype its float32 statistics make its
+    output, and all that follows, float32.
+
     Args:
         module: an instance, whose weights the Model then holds; or a constructor, called as ``constructor(rngs)`` (by keyword
             where its parameter is called ``rngs``), so that ``jit(model.init, out_shardings=…)`` creates parameters sharded.
