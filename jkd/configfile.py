@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import os
 import sys
@@ -85,6 +86,11 @@ def load(path_or_name: str | os.PathLike[str]) -> Callable[..., Any]:
     module = types.ModuleType(f"{MODULE}{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look their own module up
+    if importlib.util.find_spec("cloudpickle") is not None:  # grain brings it
+        import cloudpickle
+
+        # the worker processes of `jkd.data.Data.workers` cannot import a config file
+        cloudpickle.register_pickle_by_value(module)
     beside = str(path.parent.resolve())
     if beside not in sys.path and path.parent.resolve() != folder().resolve():
         sys.path.append(beside)  # a config may import what lies beside it; last, so that it hides nothing

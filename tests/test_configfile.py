@@ -5,6 +5,7 @@ import re
 import sys
 import textwrap
 
+import cloudpickle as pickle
 import pytest
 import tiny
 
@@ -70,6 +71,13 @@ def test_a_config_may_import_what_lies_beside_it_and_define_dataclasses(tmp_path
     path = tmp_path / "mine.py"
     path.write_text(textwrap.dedent(body))
     assert [field.name for field in dataclasses.fields(configfile.load(path)())] == ["x"]
+
+
+def test_what_a_config_defines_travels_to_processes_that_cannot_import_it(tmp_path, monkeypatch):
+    function = configfile.load(write(tmp_path, "def view(x):\n    return x + 1\n\n\ndef config():\n    return view\n"))
+    sent = pickle.dumps(function())
+    monkeypatch.delitem(sys.modules, function.__module__)
+    assert pickle.loads(sent)(1) == 2
 
 
 def test_an_edited_file_is_read_again(tmp_path):
