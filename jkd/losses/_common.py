@@ -127,11 +127,43 @@ def log_softmax(logits: Real[Array, "*batch classes"], temperature: PerPosition 
     return jax.nn.log_softmax(logits, axis=-1)
 
 
+def softmax(logits: Real[Array, "*batch classes"], temperature: PerPosition = 1.0) -> Float[Array, "*batch classes"]:
+    """Probabilities of ``logits / temperature``."""
+    if not (isinstance(temperature, (int, float)) and temperature == 1):
+        logits = logits / per_class(temperature)
+    return jax.nn.softmax(logits, axis=-1)
+
+
 def kl(log_p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
     """``sum_c p (log p - log q)`` in nats. A class that either side masks with -inf contributes nothing."""
-    kept = (log_p > -jnp.inf) & (log_q > -jnp.inf)
-    difference = jnp.where(kept, log_p, 0) - jnp.where(kept, log_q, 0)
-    return jnp.sum(jnp.where(kept, jnp.exp(log_p), 0) * difference, axis=-1)
+    return jnp.sum(jnp.exp(log_p) * log_ratio(log_p, log_q), axis=-1)
+
+
+def log_ratio(log_p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
+    """``log p - log q``, and 0 for a class that either side masks with -inf.
+
+    One ``where`` is enough: subtraction is linear, so no gradient of the branch not taken multiplies an inf.
+    """
+    difference = log_p - log_q
+    return jnp.where(jnp.abs(difference) < jnp.inf, difference, 0)
+
+
+def kl_to_mixture(
+    log_p: Float[Array, "*batch classes"], weight_p: PerPosition, log_q: Float[Array, "*batch classes"]
+) -> Float[Array, "*batch"]:
+    """``KL(p || w p + (1 - w) q)`` in nats, w a scalar.
+
+    The mixture is summed as probabilities. For w > 0 it only underflows where p does, and there the class contributes nothing;
+    w = 0 is the plain divergence, asked for by name where w is a number and chosen at run time where it is traced.
+    """
+    if isinstance(weight_p, (int, float)) and weight_p == 0:
+        return kl(log_p, log_q)
+    p = jnp.exp(log_p)
+    mixture = weight_p * p + (1 - weight_p) * jnp.exp(log_q)
+    # Of the ways to write this guard, the one that XLA fuses as well as the bare formula (`benchmarks/losses.py`).
+    ratio = jnp.where(p > 0, log_p - jnp.log(mixture + jnp.finfo(mixture.dtype).tiny), 0)
+    value = jnp.sum(p * ratio, axis=-1)
+    return value if isinstance(weight_p, (int, float)) else jnp.where(weight_p == 0, kl(log_p, log_q), value)
 
 
 def cross_entropy_of(p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
@@ -174,6 +206,11 @@ def is_label(labels: Any, classes: int) -> jax.Array:
 
 
 # --- norms, correlations, means -----------------------------------------------------------------------------------------
+
+
+def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``log(1 + exp x)``; `jax.nn.softplus` with less work (no handling of infinities)."""
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:

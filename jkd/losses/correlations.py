@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from jkd.losses._common import check_classes, check_exact_rank, check_where, log_softmax, masked_mean, norm, promote
+from jkd.losses._common import check_classes, check_exact_rank, check_where, masked_mean, norm, promote, softmax
 from jkd.losses._typing import Array, Bool, Float, Real, Scalar
 
 
@@ -13,7 +13,7 @@ def _probabilities(student_logits, teacher_logits, temperature, where):
     """The two probability matrices, with rows of zeros where ``where`` is off, and the weights ``[batch, 1]``."""
     check_exact_rank(2, "[batch, classes]", student_logits=student_logits, teacher_logits=teacher_logits)
     check_classes(student_logits, teacher_logits)
-    q, p = (jnp.exp(log_softmax(z, temperature)) for z in promote(student_logits, teacher_logits))
+    q, p = (softmax(z, temperature) for z in promote(student_logits, teacher_logits))
     if where is None:
         return q, p, None
     check_where(where, np.shape(student_logits)[:1], meaning="[batch]")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,8 @@ from jkd.losses._common import (
     masked_mean,
     per_class,
     promote,
+    softmax,
+    softplus,
 )
 from jkd.losses._typing import Array, Bool, Float, Int, PerPosition, Real, Scalar
 
@@ -227,8 +231,8 @@ def wsld(
     of_student = -at_label(log_softmax(student), labels)
     of_teacher = -at_label(log_softmax(teacher), labels)
     weight = jax.lax.stop_gradient(-jnp.expm1(-of_student / (of_teacher + 1e-7)))
-    log_q, log_p = log_softmax(student, temperature), log_softmax(teacher, temperature)
-    return weight * cross_entropy_of(jnp.exp(log_p), log_q) * (temperature * temperature)
+    soft = cross_entropy_of(softmax(teacher, temperature), log_softmax(student, temperature))
+    return weight * soft * (temperature * temperature)
 
 
 def binary_kl(
@@ -261,9 +265,9 @@ def binary_kl(
     check_classes(student_logits, teacher_logits)
     student, teacher = promote(student_logits, teacher_logits)
     student, teacher = student / per_class(temperature), teacher / per_class(temperature)
-    yes = jax.nn.sigmoid(teacher) * (jax.nn.log_sigmoid(teacher) - jax.nn.log_sigmoid(student))
-    no = jax.nn.sigmoid(-teacher) * (jax.nn.log_sigmoid(-teacher) - jax.nn.log_sigmoid(-student))
-    return jnp.sum(yes + no, axis=-1) * (temperature * temperature)
+    # With log sigmoid(z) = z - softplus(z) and log sigmoid(-z) = - softplus(z), both halves of each KL together.
+    terms = jax.nn.sigmoid(teacher) * (teacher - student) - (softplus(teacher) - softplus(student))
+    return jnp.sum(terms, axis=-1) * (temperature * temperature)
 
 
 def binary_kl_norm(
@@ -294,5 +298,5 @@ def binary_kl_norm(
     student, teacher = promote(student_logits, teacher_logits)
     difference = (student - teacher) / per_class(temperature)
     # softplus(u) - u / 2 - log 2 = log cosh(u / 2): one transcendental function, and smooth at 0 (as |u| is not).
-    terms = jax.nn.softplus(difference) - difference / 2 - np.log(2)
+    terms = softplus(difference) - difference / 2 - math.log(2)
     return jnp.sum(terms, axis=-1) * (temperature * temperature)

@@ -19,9 +19,11 @@ from jkd.losses._common import (
     check_same_shape,
     cross_entropy_of,
     kl,
-    log_mix,
+    kl_to_mixture,
+    log_ratio,
     log_softmax,
     promote,
+    softmax,
 )
 from jkd.losses._typing import Array, Float, Int, PerPosition, Real, Scalar
 
@@ -106,8 +108,9 @@ def soft_cross_entropy(
         >>> print(f"{soft_cross_entropy(jnp.zeros(4), jnp.zeros(4)):.4f}")
         1.3863
     """
-    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
-    return cross_entropy_of(jnp.exp(log_p), log_q) * _squared(temperature)
+    check_classes(student_logits, teacher_logits)
+    student, teacher = promote(student_logits, teacher_logits)
+    return cross_entropy_of(softmax(teacher, temperature), log_softmax(student, temperature)) * _squared(temperature)
 
 
 def forward_kl(
@@ -197,7 +200,7 @@ def jeffreys(
         0.4621
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
-    return 0.5 * (kl(log_p, log_q) + kl(log_q, log_p)) * _squared(temperature)
+    return 0.5 * jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * log_ratio(log_p, log_q), axis=-1) * _squared(temperature)
 
 
 def js(
@@ -231,8 +234,7 @@ def js(
     squared = _squared(temperature)
     if isinstance(beta, (int, float)) and beta in (0, 1):
         return (kl(log_p, log_q) if beta == 0 else kl(log_q, log_p)) * squared
-    log_m = log_mix(beta, log_p, log_q)
-    value = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    value = beta * kl_to_mixture(log_p, beta, log_q) + (1 - beta) * kl_to_mixture(log_q, 1 - beta, log_p)
     if not isinstance(beta, (int, float)):  # a schedule's value: the ends are only known when it runs
         value = jnp.where(beta == 0, kl(log_p, log_q), jnp.where(beta == 1, kl(log_q, log_p), value))
     return value * squared
@@ -268,7 +270,7 @@ def skew_forward_kl(
         2.3026
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
-    return kl(log_p, log_mix(lam, log_p, log_q)) * _squared(temperature)
+    return kl_to_mixture(log_p, lam, log_q) * _squared(temperature)
 
 
 def skew_reverse_kl(
@@ -298,7 +300,7 @@ def skew_reverse_kl(
         2.3026
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
-    return kl(log_q, log_mix(lam, log_q, log_p)) * _squared(temperature)
+    return kl_to_mixture(log_q, lam, log_p) * _squared(temperature)
 
 
 def total_variation(
@@ -324,5 +326,6 @@ def total_variation(
         >>> print(f"{total_variation(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.8, 0.2]))):.4f}")
         0.3000
     """
-    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
-    return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
+    check_classes(student_logits, teacher_logits)
+    q, p = (softmax(z, temperature) for z in promote(student_logits, teacher_logits))
+    return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jkd.losses._common import check_classes, kl, log_softmax, promote
+from jkd.losses._common import check_classes, kl, log_softmax, promote, softplus
 from jkd.losses._typing import Array, Float, Number, PerPosition, Real, Scalar
 
 
@@ -138,32 +138,43 @@ def logit_mse(
     return jnp.mean((student - teacher) ** 2, axis=-1)
 
 
-def _pairs(teacher, below):
-    """``[..., i, j]``: does the teacher put class i above class j?"""
-    return teacher[..., :, None] > below[..., None, :]
+def _over_classes(step, start, *arrays):
+    """Folds ``step(carry, (one class of each array))`` over the classes: never more than one row of the pairs exists."""
+    rows = tuple(jnp.moveaxis(array, -1, 0)[..., None] for array in arrays)
+    return jax.lax.scan(step, start, rows)
 
 
 @jax.custom_jvp
 def _ranking(student, teacher):
-    """Mean of softplus(s_j - s_i) over the pairs with t_i > t_j.
+    """Mean of softplus(s_j - s_i) over the pairs with t_i > t_j, in memory of the order of the inputs.
 
-    The pairs are never stored: XLA fuses comparison, softplus and sum. So that differentiation does not store them either, the
-    gradient (again a sum over pairs) is given in closed form.
+    Automatic differentiation would store all pairs, so the gradient (again a sum over pairs) is given in closed form.
     """
-    above = _pairs(teacher, teacher)
-    total = jnp.sum(jnp.where(above, jax.nn.softplus(student[..., None, :] - student[..., :, None]), 0), axis=(-2, -1))
-    count = jnp.sum(above, axis=(-2, -1)).astype(student.dtype)
+
+    def step(carry, row):
+        total, count = carry
+        s, t = row
+        above = t > teacher
+        total += jnp.sum(jnp.where(above, softplus(student - s), 0), axis=-1)
+        return (total, count + jnp.sum(above, axis=-1).astype(total.dtype)), None
+
+    zero = jnp.sum(student * 0, axis=-1)  # zeros that are split over devices as the logits are
+    (total, count), _ = _over_classes(step, (zero, zero), student, teacher)
     return total / jnp.maximum(count, 1)
 
 
 @_ranking.defjvp
 def _ranking_jvp(primals, tangents):
     student, teacher = primals
-    above, below = _pairs(teacher, teacher), _pairs(-teacher, -teacher)
-    difference = student[..., :, None] - student[..., None, :]
-    slope = jnp.where(below, jax.nn.sigmoid(difference), 0) - jnp.where(above, jax.nn.sigmoid(-difference), 0)
-    count = jnp.sum(above, axis=(-2, -1)).astype(student.dtype)
-    gradient = jnp.sum(slope, axis=-1) / jnp.maximum(count, 1)[..., None]
+
+    def step(count, row):
+        s, t = row
+        above, below = t > teacher, t < teacher
+        slope = jnp.where(below, jax.nn.sigmoid(s - student), 0) - jnp.where(above, jax.nn.sigmoid(student - s), 0)
+        return count + jnp.sum(above, axis=-1).astype(count.dtype), jnp.sum(slope, axis=-1)
+
+    count, gradient = _over_classes(step, jnp.sum(student * 0, axis=-1), student, teacher)
+    gradient = jnp.moveaxis(gradient, 0, -1) / jnp.maximum(count, 1)[..., None]
     return _ranking(student, teacher), jnp.sum(gradient * tangents[0], axis=-1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +200,7 @@ def decoupled_softmax(
 def _threshold(scores: jax.Array, k: float) -> jax.Array:
     """t with ``sum_c sigmoid(scores_c + t) = k``, by bisection between the two values that equal scores would give."""
     classes = scores.shape[-1]
-    equal = np.log(k / (classes - k))
+    equal = math.log(k / (classes - k))
     low, high = equal - jnp.max(scores, axis=-1), equal - jnp.min(scores, axis=-1)
 
     def halve(_, bounds):

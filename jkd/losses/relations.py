@@ -91,7 +91,8 @@ def pkt(
         return affinity / jnp.where(total > 0, total, 1)
 
     p, q = probabilities(teacher), probabilities(student)
-    terms = p * jnp.log((p + eps) / (q + eps))
+    # The sum of q - p is 0. With it no term is negative, so that rounding does not swamp a small divergence.
+    terms = p * jnp.log1p((p - q) / (q + eps)) + (q - p)
     return jnp.sum(terms, axis=1) / count(kept) * kept
 
 
@@ -218,10 +219,12 @@ def linear_cka_distance(
     batch = kept.shape[0]
     student, teacher = unit_scale(centred(student, kept)), unit_scale(centred(teacher, kept))
     if batch <= max(student.shape[1], teacher.shape[1]):
-        student, teacher = (einsum("id,jd->ij", x, x) for x in (student, teacher))
-        shared = jnp.sum(normalize(student, (0, 1)) * normalize(teacher, (0, 1)))
+        student, teacher = (normalize(einsum("id,jd->ij", x, x), (0, 1)) for x in (student, teacher))
+        # |u - v|² / 2 is 1 - <u, v> for u and v of length 1, and exact where they are close; a zero one counts as far away.
+        missing = sum(jnp.where(jnp.any(x != 0), 0, 0.5) for x in (student, teacher))
+        distance = jnp.sum(jnp.square(student - teacher)) / 2 + missing
     else:
         cross = jnp.sum(jnp.square(einsum("id,ie->de", student, teacher)))
         scale = norm(einsum("id,ie->de", student, student), (0, 1)) * norm(einsum("id,ie->de", teacher, teacher), (0, 1))
-        shared = cross / jnp.where(scale > 0, scale, 1)
-    return jnp.broadcast_to(1 - shared, (batch,))
+        distance = 1 - cross / jnp.where(scale > 0, scale, 1)
+    return jnp.broadcast_to(distance, (batch,))

@@ -172,7 +172,7 @@ def lelp_split(
         ``[..., classes * subclasses]`` log-probabilities, class by class; the student has that many outputs.
 
     Source:
-        [LELP] Loureiro et al., "Linear Projections of Teacher Embeddings for Few-Class Distillation", 2024, arXiv:2409.20449,
+        [LELP] Loo et al., "Linear Projections of Teacher Embeddings for Few-Class Distillation", 2024, arXiv:2409.20449,
         section 3.
 
     Code versus paper:
@@ -206,7 +206,7 @@ def lelp_merge(student_logits: Real[Array, "*batch outputs"], *, subclasses: int
         ``[..., classes]`` logits.
 
     Source:
-        [LELP] Loureiro et al., "Linear Projections of Teacher Embeddings for Few-Class Distillation", 2024, arXiv:2409.20449,
+        [LELP] Loo et al., "Linear Projections of Teacher Embeddings for Few-Class Distillation", 2024, arXiv:2409.20449,
         section 3.
 
     Example:

@@ -36,12 +36,14 @@ class Case:
         rows: the leading shape of the checks with 8 devices; its first axis divides by 8.
         shared: inputs without the leading axes.
         couples: one row's value depends on other rows.
+        ordered: the order of rows matters.
         gradient: inputs that a gradient is checked for; default the first.
         smooth: False where the loss has kinks at random inputs, or stops gradients on purpose, so that differences of values
             are not its gradient.
         twins: ``{student input: teacher input}``: where they are equal the value is ``at_twins`` with zero gradient; None where
             the loss has no such point.
         at_twins: the value there.
+        twins_tolerance: what float64 leaves of 1 - 1 and of log(x / x).
         flat_at_twins: the gradient is zero there too; False for a kink (an absolute value, a norm).
         invariances: ``{meaning: change(rng, inputs) -> inputs}``, changes that keep the value.
         extremes: ``{meaning: change(rng, inputs) -> inputs}`` beyond the common ones; value and gradient stay finite.
@@ -62,11 +64,13 @@ class Case:
     rows: tuple[int, ...] = (16,)
     shared: tuple[str, ...] = ()
     couples: bool = False
+    ordered: bool = False
     gradient: tuple[str, ...] | None = None
     smooth: bool = True
     twins: Mapping[str, str] | None = None
     at_twins: float = 0.0
     flat_at_twins: bool = True
+    twins_tolerance: float = 1e-12
     invariances: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     extremes: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     plain_extremes: bool = True
@@ -102,7 +106,7 @@ class Case:
     def call(self, inputs: Mapping[str, Any], **more: Any) -> Any:
         """The loss, as a user calls it."""
         positional = [inputs[name] for name in self.arguments if name not in self.keywords]
-        named = {name: inputs[name] for name in self.keywords}
+        named = {name: inputs[name] for name in self.keywords if name in inputs}
         return self.output(self.function(*positional, **named, **self.hyper, **more))
 
     def expected(self, inputs: Inputs) -> np.ndarray:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 
+import cases_features
 import cases_logits
+import cases_relations
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,7 +21,7 @@ from table import Case, cast, common_extremes, is_float
 
 from jkd import losses
 
-CASES: list[Case] = [*cases_logits.CASES]
+CASES: list[Case] = [*cases_logits.CASES, *cases_features.CASES, *cases_relations.CASES]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -51,6 +53,16 @@ def value_and_gradient(case_id):
     return run
 
 
+@functools.cache
+def jitted(case_id):
+    """The loss, compiled once for each shape and dtype (a call outside jit compiles every operation by itself)."""
+    return jax.jit(CASES[case_id].call)
+
+
+def value_of(case, inputs):
+    return jitted(CASES.index(case))(device(inputs))
+
+
 def run(case, inputs):
     return value_and_gradient(CASES.index(case))(device(inputs))
 
@@ -79,7 +91,7 @@ def test_formula(case):
         for leading in case.leading:
             inputs = case.draw(leading)
             expected = case.expected(inputs)
-            value = case.call(device(inputs))
+            value = value_of(case, inputs)
             assert value.shape == expected.shape
             close(value, expected, rtol=1e-9)
 
@@ -104,16 +116,16 @@ def test_dtypes(case):
     """float32 at least, float64 stays, and a low-precision input is first promoted: the value is that of the promoted input."""
     inputs = case.draw()
     with jax.enable_x64(True):
-        reference = case.call(device(cast(inputs, np.float64)))
+        reference = value_of(case, cast(inputs, np.float64))
         assert reference.dtype == jnp.float64
-        single = case.call(device(cast(inputs, np.float32)))
+        single = value_of(case, cast(inputs, np.float32))
         assert single.dtype == jnp.float32  # and not float64, although 64 bits are allowed
         close(single, reference, rtol=2e-5)  # a few hundred roundings of 6e-8
         for dtype in (ml_dtypes.bfloat16, np.float16):
             low = cast(inputs, dtype)
-            value = case.call(device(low))
+            value = value_of(case, low)
             assert value.dtype == jnp.float32
-            close(value, case.call(device(cast(cast(low, np.float32), np.float32))), rtol=1e-6)
+            close(value, value_of(case, cast(low, np.float32)), rtol=1e-6)
 
 
 @every
@@ -136,11 +148,11 @@ def test_student_equal_to_teacher(case):
     inputs |= {student: inputs[teacher] for student, teacher in case.twins.items()}
     with jax.enable_x64(True):
         value, gradient = run(case, inputs)
-        # What float64 leaves of 1 - 1 and of log(x / x).
-        np.testing.assert_allclose(value, np.full(value.shape, case.at_twins), rtol=0, atol=1e-12)
+        atol = case.twins_tolerance
+        np.testing.assert_allclose(value, np.full(value.shape, case.at_twins), rtol=0, atol=atol)
         for name in case.twins:
             if case.flat_at_twins and name in gradient:
-                np.testing.assert_allclose(gradient[name], np.zeros(gradient[name].shape), rtol=0, atol=1e-12)
+                np.testing.assert_allclose(gradient[name], np.zeros(gradient[name].shape), rtol=0, atol=atol)
 
 
 @every
@@ -149,9 +161,9 @@ def test_invariances(case):
         pytest.skip("none declared")
     with jax.enable_x64(True):
         inputs = case.draw()
-        expected = case.call(device(inputs))
+        expected = value_of(case, inputs)
         for meaning, change in case.invariances.items():
-            value = case.call(device(change(case.rng(2), inputs)))
+            value = value_of(case, change(case.rng(2), inputs))
             np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-12, err_msg=meaning)
 
 
@@ -231,11 +243,13 @@ def test_sharded_over_eight_devices(case):
 
 @every
 def test_batch_permutation_commutes(case):
+    if case.ordered:
+        pytest.skip("the order of rows matters")
     inputs = case.draw(case.rows)
     order = case.rng(3).permutation(case.rows[0])
     moved = {name: value if name in case.shared else value[order] for name, value in inputs.items()}
     with jax.enable_x64(True):
-        np.testing.assert_allclose(case.call(device(moved)), case.call(device(inputs))[order], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(value_of(case, moved), value_of(case, inputs)[order], rtol=1e-9, atol=1e-12)
 
 
 @every
@@ -270,7 +284,7 @@ def test_masked_equals_dropped(case):
         for given, more in ((spoiled, {argument: jnp.asarray(mask)}), (dropped, {})):
             given = device(given)
             moved, _ = split(case, given)
-            (_, value), gradient = jax.value_and_grad(total, has_aux=True)(moved, given, more)
+            (_, value), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(moved, given, more)
             results.append((value, gradient))
         (value, gradient), (expected, expected_gradient) = results
         if value.ndim > axis:

@@ -1,0 +1,292 @@
+"""Identities and limits that tie the logit losses to each other. In float64, so that a tolerance is the distance to the limit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jkd import losses, targets
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def pair():
+    rng = np.random.default_rng(0)
+    return jnp.asarray(2 * rng.normal(size=(6, 10))), jnp.asarray(2 * rng.normal(size=(6, 10)))
+
+
+@pytest.fixture
+def labels():
+    return jnp.asarray(np.random.default_rng(1).integers(0, 10, size=6))
+
+
+def equal(actual, expected, rtol=1e-10):
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=1e-12)
+
+
+def at(p, labels):
+    return jnp.take_along_axis(p, labels[:, None], -1)[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kl_is_dkd_with_the_teachers_own_weight(pair, labels, temperature):
+    """KL = TCKD + (1 - p_y) NCKD (Zhao et al., equation 5)."""
+    student, teacher = pair
+
+    def dkd(alpha, beta):
+        return losses.dkd(student, teacher, labels, alpha=alpha, beta=beta, temperature=temperature)
+
+    rest = 1 - at(jax.nn.softmax(teacher / temperature), labels)
+    equal(dkd(1.0, 0.0) + rest * dkd(0.0, 1.0), losses.forward_kl(student, teacher, temperature=temperature))
+    equal(dkd(2.0, 3.0), 2 * dkd(1.0, 0.0) + 3 * dkd(0.0, 1.0))
+
+
+def test_skew_without_mixture_is_the_plain_divergence(pair):
+    equal(losses.skew_forward_kl(*pair, lam=0.0), losses.forward_kl(*pair))
+    equal(losses.skew_reverse_kl(*pair, lam=0.0), losses.reverse_kl(*pair))
+    equal(losses.skew_forward_kl(*pair, lam=1e-9), losses.forward_kl(*pair), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["skew_forward_kl", "skew_reverse_kl"])
+def test_skew_is_bounded(pair, name):
+    assert jnp.all(getattr(losses, name)(1e4 * pair[0], 1e4 * pair[1], lam=0.1) <= np.log(10) + 1e-12)
+
+
+def test_js_ends(pair):
+    forward, reverse = losses.forward_kl(*pair), losses.reverse_kl(*pair)
+    equal(losses.js(*pair, beta=0.0), forward)
+    equal(losses.js(*pair, beta=1.0), reverse)
+    # The formula itself vanishes at the ends with exactly these slopes; the next order is beta * chi², hence 1e-4.
+    equal(losses.js(*pair, beta=1e-8) / 1e-8, forward, rtol=1e-4)
+    equal(losses.js(*pair, beta=1 - 1e-8) / 1e-8, reverse, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_js_takes_a_schedule(pair, beta):
+    """A traced beta gives what the number gives, at the ends too, and finite gradients there."""
+    traced = jax.jit(lambda beta: losses.js(*pair, beta=beta))(beta)
+    equal(traced, losses.js(*pair, beta=beta))
+    gradient = jax.jit(jax.grad(lambda s, beta: losses.js(s, pair[1], beta=beta).sum()))(pair[0], beta)
+    equal(gradient, jax.grad(lambda s: losses.js(s, pair[1], beta=beta).sum())(pair[0]))
+
+
+def test_js_is_symmetric_and_bounded(pair):
+    student, teacher = pair
+    equal(losses.js(student, teacher), losses.js(teacher, student))
+    assert jnp.all(losses.js(1e4 * student, 1e4 * teacher) <= np.log(2) + 1e-12)
+
+
+def test_alpha_beta_special_cases(pair):
+    student, teacher = pair
+    q, p = jax.nn.softmax(student), jax.nn.softmax(teacher)
+    equal(losses.alpha_beta(*pair, alpha=1, beta=0), losses.forward_kl(*pair))
+    equal(losses.alpha_beta(*pair, alpha=0, beta=1), losses.reverse_kl(*pair))
+    equal(losses.alpha_beta(*pair, alpha=0.5, beta=0.5), 2 * jnp.sum((jnp.sqrt(p) - jnp.sqrt(q)) ** 2, -1))
+    equal(losses.alpha_beta(*pair, alpha=1, beta=1), 0.5 * jnp.sum((p - q) ** 2, -1))
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.6, 0.0), (0.0, 0.6), (0.5, -0.5), (0.0, 0.0)])
+def test_alpha_beta_is_continuous(pair, alpha, beta):
+    """The limits are those of the general formula: a step of 1e-4 changes the value by about as much."""
+    near = losses.alpha_beta(*pair, alpha=alpha + 1e-4, beta=beta + 1.3e-4)
+    equal(near, losses.alpha_beta(*pair, alpha=alpha, beta=beta), rtol=5e-3)
+
+
+def test_hot_kl_is_half_the_centred_logit_mse(pair):
+    """T -> infinity; the next order is 1 / T, hence 1e-3 at T = 1e4."""
+    centred = [z - z.mean(-1, keepdims=True) for z in pair]
+    equal(losses.forward_kl(*pair, temperature=1e4), 0.5 * losses.logit_mse(*centred), rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jeffreys", "soft_cross_entropy"])
+def test_gradients_keep_their_size_with_temperature(pair, name):
+    """T² inside: scaling all logits by T and the temperature by T multiplies the value by T² and the gradient by T."""
+    loss, T = getattr(losses, name), 3.0
+
+    def gradient(student, teacher, temperature):
+        return jax.grad(lambda s: loss(s, teacher, temperature=temperature).sum())(student)
+
+    student, teacher = pair
+    equal(loss(T * student, T * teacher, temperature=T), T**2 * loss(student, teacher))
+    equal(gradient(T * student, T * teacher, T), T * gradient(student, teacher, 1.0))
+
+
+def test_temperature_for_each_position(pair):
+    temperature = jnp.linspace(1.0, 4.0, 6)
+    expected = [losses.forward_kl(*(z[i] for z in pair), temperature=float(temperature[i])) for i in range(6)]
+    equal(losses.forward_kl(*pair, temperature=temperature), jnp.stack(expected))
+
+
+def test_adaptive_kl_lies_between_its_two_divergences(pair):
+    bounds = jnp.stack([losses.forward_kl(*pair), losses.reverse_kl(*pair)])
+    value = losses.adaptive_kl(*pair)
+    assert jnp.all((bounds.min(0) <= value + 1e-12) & (value <= bounds.max(0) + 1e-12))
+
+
+def test_adaptive_kl_does_not_differentiate_its_weights(pair):
+    student, teacher = pair
+    forward, reverse = losses.forward_kl(*pair), losses.reverse_kl(*pair)
+    share = (losses.adaptive_kl(*pair) - reverse) / (forward - reverse)
+
+    def fixed(s):
+        return jnp.sum(share * losses.forward_kl(s, teacher) + (1 - share) * losses.reverse_kl(s, teacher))
+
+    equal(jax.grad(lambda s: losses.adaptive_kl(s, teacher).sum())(student), jax.grad(fixed)(student), rtol=1e-7)
+
+
+def test_cross_entropy_of_integers_and_one_hots_agree(pair, labels):
+    one_hot = jax.nn.one_hot(labels, 10, dtype=float)
+    for eps in (0.0, 0.1):
+        equal(
+            losses.cross_entropy(pair[0], labels, label_smoothing=eps),
+            losses.cross_entropy(pair[0], one_hot, label_smoothing=eps),
+        )
+
+
+def test_cross_entropy_with_a_label_out_of_range_under_jit(pair):
+    value = jax.jit(losses.cross_entropy)(pair[0], jnp.array([-1, 10, 3, 0, 9, 100]))
+    assert jnp.all(jnp.isfinite(value))
+
+
+def test_wsld_is_a_weighted_cross_entropy(pair, labels):
+    student, teacher = pair
+    ratio = losses.cross_entropy(student, labels) / (losses.cross_entropy(teacher, labels) + 1e-7)
+    weight = 1 - jnp.exp(-ratio)
+    loss = lambda s: losses.soft_cross_entropy(s, teacher, temperature=4.0)  # noqa: E731
+    equal(losses.wsld(student, teacher, labels), weight * loss(student))
+    expected = jax.grad(lambda s: jnp.sum(weight * loss(s)))(student)
+    equal(jax.grad(lambda s: losses.wsld(s, teacher, labels).sum())(student), expected)
+
+
+def test_nkd_rest_does_not_see_the_label(pair, labels):
+    """Its gradient on the other logits vanishes once their shares agree, whatever the label's probability."""
+    student, teacher = pair
+    other = student.at[jnp.arange(6), labels].add(3.0)
+    gradient = jax.grad(lambda s: (losses.nkd(s, student, labels, gamma=1.0) - losses.nkd(s, student, labels, gamma=0.0)).sum())
+    np.testing.assert_allclose(gradient(other), np.zeros_like(other), atol=1e-12)
+
+
+def test_pld_of_a_certain_teacher_is_cross_entropy(pair, labels):
+    certain = 1e4 * jax.nn.one_hot(labels, 10, dtype=float)
+    equal(losses.pld(pair[0], certain, labels), losses.cross_entropy(pair[0], labels))
+
+
+def test_pld_is_convex(pair, labels):
+    hessian = jax.hessian(lambda s: losses.pld(s, pair[1][0], labels[0]))(pair[0][0])
+    assert jnp.linalg.eigvalsh(hessian).min() > -1e-12
+
+
+def test_decoupled_softmax_keeps_positives_apart():
+    """The positives' own scores do not enter each other's terms: a better second positive does not change the first's gradient."""
+    positives = jnp.array([True, True, False, False])
+
+    def gradient(second):
+        scores = jnp.array([0.1, second, 0.2, 0.0])
+        return jax.grad(lambda s: losses.decoupled_softmax(s, positives))(scores)
+
+    equal(gradient(0.0)[0], gradient(5.0)[0])
+
+
+def test_soft_top_k_selects_k():
+    from jkd.losses.ranking import _threshold
+
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(4, 100)))
+    t = _threshold(scores, 5.0)
+    equal(jax.nn.sigmoid(scores + t[:, None]).sum(-1), np.full(4, 5.0))
+
+
+# --- sparse teachers ----------------------------------------------------------------------------------------------------
+
+
+def kept(teacher, k):
+    log_p, ids = jax.lax.top_k(jax.nn.log_softmax(teacher), k)
+    return ids, log_p, 1 - jnp.exp(log_p).sum(-1)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_ghost_is_at_most_the_full_divergence(pair, name, k):
+    full = getattr(losses, name)(*pair)
+    ghost = getattr(losses, f"topk_{name}")(pair[0], *kept(pair[1], k))
+    assert jnp.all(ghost <= full + 1e-12)
+    assert jnp.all(ghost >= 0)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("tail", ["ghost", "zero", "renormalise"])
+def test_everything_kept_is_the_full_divergence(pair, name, tail):
+    ids, log_p, _ = kept(pair[1], 10)
+    function = getattr(losses, f"topk_{name}")
+    if (name, tail) == ("reverse_kl", "zero"):
+        with pytest.raises(ValueError, match="infinite"):
+            function(pair[0], ids, log_p, tail=tail)
+        return
+    value = function(pair[0], ids, log_p, jnp.zeros(6), tail=tail, temperature=2.0)
+    equal(value, getattr(losses, name)(*pair, temperature=2.0))
+
+
+def test_ghost_is_zero_only_where_the_kept_probabilities_agree(pair):
+    _, teacher = pair
+    ids, log_p, rest = kept(teacher, 3)
+    elsewhere = teacher.at[jnp.arange(6)[:, None], ids].set(-jnp.inf)
+    # Another order among the classes that were not kept, with the same total.
+    shuffled = jnp.where(jnp.isfinite(elsewhere), -elsewhere, -jnp.inf)
+    shuffled += jax.nn.logsumexp(elsewhere, -1, keepdims=True) - jax.nn.logsumexp(shuffled, -1, keepdims=True)
+    student = jnp.where(jnp.isfinite(elsewhere), shuffled, teacher)
+    assert jnp.all(losses.forward_kl(student, teacher) > 1e-3)
+    np.testing.assert_allclose(losses.topk_forward_kl(student, ids, log_p, rest), np.zeros(6), atol=1e-12)
+    assert jnp.all(losses.topk_forward_kl(student.at[:, ids[0, 0]].add(1.0), ids, log_p, rest) > 1e-3)
+
+
+def test_zero_policy_makes_the_student_more_certain(pair):
+    """At its minimum the student puts p / sum(p) on the kept classes: the gradient there vanishes."""
+    ids, log_p, _ = kept(pair[1], 3)
+    student = jnp.full((6, 10), -60.0).at[jnp.arange(6)[:, None], ids].set(log_p)
+    gradient = jax.grad(lambda s: losses.topk_forward_kl(s, ids, log_p, tail="zero").sum())(student)
+    np.testing.assert_allclose(gradient, np.zeros((6, 10)), atol=1e-12)
+
+
+def test_ghost_needs_the_leftover(pair):
+    ids, log_p, _ = kept(pair[1], 3)
+    with pytest.raises(ValueError, match="teacher_leftover .* is needed by tail='ghost'"):
+        losses.topk_forward_kl(pair[0], ids, log_p)
+
+
+def test_sampled_kl_is_unbiased(pair):
+    """Over every possible draw of two classes, weighted by its probability, the estimates and their gradients average to the KL."""
+    student, teacher = pair[0][0], pair[1][0]
+    p, log_p = jax.nn.softmax(teacher), jax.nn.log_softmax(teacher)
+    draws = jnp.stack(jnp.meshgrid(jnp.arange(10), jnp.arange(10), indexing="ij"), -1).reshape(-1, 2)
+    chance = p[draws].prod(-1)
+
+    def expectation(student):
+        one = lambda ids: losses.sampled_forward_kl(student, ids, jnp.full(2, 0.5), log_p[ids])  # noqa: E731
+        return jnp.sum(chance * jax.vmap(one)(draws))
+
+    value, gradient = jax.value_and_grad(expectation)(student)
+    expected, expected_gradient = jax.value_and_grad(lambda s: losses.forward_kl(s, teacher))(student)
+    equal(value, expected)
+    equal(gradient, expected_gradient)
+
+
+def test_sampled_kl_with_another_proposal_is_unbiased(pair):
+    student, teacher = pair[0][0], pair[1][0]
+    p, proposal = jax.nn.softmax(teacher), jax.nn.softmax(teacher / 2)
+    one = lambda i: losses.sampled_forward_kl(student, i[None], (p / proposal)[i][None])  # noqa: E731
+    equal(jnp.sum(proposal * jax.vmap(one)(jnp.arange(10))), losses.soft_cross_entropy(student, teacher))
+
+
+def test_standardised_kl_ignores_scale_and_shift(pair):
+    student, teacher = pair
+    value = losses.forward_kl(targets.standardize(student, eps=0.0), targets.standardize(teacher, eps=0.0), temperature=2.0)
+    other = losses.forward_kl(
+        targets.standardize(3 * student + 1, eps=0.0), targets.standardize(0.1 * teacher - 2, eps=0.0), temperature=2.0
+    )
+    equal(value, other, rtol=1e-9)
