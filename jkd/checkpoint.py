@@ -2,32 +2,31 @@
 
 A checkpoint is one directory, named after its step: ``arrays/`` (written by orbax), ``leaves.json`` (path, shape and dtype of each
 array), ``meta-<host>.json``, and last of all a manifest per host (`jkd.manifest`). Without its manifests it is not finished, and is
-never read. All file operations go through epath, so ``gs://`` and ``s3://`` directories work where orbax can write to them.
+never read. All file operations go through epath, so the directory may be ``gs://`` (with gcsfs installed) or, for one process,
+``s3://`` (with s3fs).
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
 import os
 import re
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
 from jkd import manifest
-from jkd.errors import InputError
+from jkd.arraystore import ArrayStore, describe, direct
+from jkd.errors import InputError, MissingExtra, nearest
 from jkd.jsonable import decode, encode
-from jkd.types import Tree
 
 if TYPE_CHECKING:
     from jkd.state import State
@@ -52,6 +51,7 @@ class Checkpoints:
 
     Raises:
         InputError: ``keep`` is below 1, or the directory cannot be made.
+        MissingExtra: what reads and writes such paths is not installed.
     """
 
     def __init__(
@@ -64,17 +64,16 @@ class Checkpoints:
     ):
         if keep < 1:
             raise InputError(f"Checkpoints: keep = {keep}; give at least 1")
-        self.directory = epath.Path(directory).expanduser().resolve()
         self._keep, self._best, self._report = keep, best, report
         self._host, self._hosts = jax.process_index(), jax.process_count()
         self._damaged: set[str] = set()
         self._thread: threading.Thread | None = None
-        _reroute_logs()
-        self._checkpointer = _checkpointer()
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write checkpoints to {self.directory}: {error.strerror or error}") from error
+        self._arrays = ArrayStore()
+        self.directory = _directory(directory)
+        if self._hosts > 1 and not direct(self.directory):
+            raise InputError(
+                f"cannot keep checkpoints of {self._hosts} processes in {self.directory}: use gs:// or a shared disk"
+            )
 
     def save(self, step: int, state: State, meta: dict, metrics: Mapping[str, float] | None = None) -> None:
         """Starts to write a checkpoint; returns as soon as the state may be donated.
@@ -91,18 +90,18 @@ class Checkpoints:
             InputError: something in ``meta`` is neither JSON nor an array.
         """
         texts = {f"meta-{self._host}.json": encode(meta)}
-        arrays = {name: _plain(leaf) for name, leaf in _named(state).items()}
         if self._host == 0:
-            texts["leaves.json"] = json.dumps({name: _describe(leaf) for name, leaf in arrays.items()}, indent=1)
+            texts["leaves.json"] = json.dumps(describe(state), indent=1)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        name = (self._best or "").removeprefix("-")
+        if metrics and name and name not in metrics:
+            self._report(f"best = {self._best!r}: step {step} was measured without it{nearest(name, metrics)}")
         self.wait()
         place, ticket = self._prepare(step), next(_TICKETS)
         if place is None:
             return
-        # orbax refuses arrays without elements; their shape, in leaves.json, is all there is to them
-        arrays = {name: leaf for name, leaf in arrays.items() if leaf.size}
         try:
-            self._checkpointer.save(place / "arrays", args=ocp.args.PyTreeSave(arrays))
+            self._arrays.save(place / "arrays", state)
         except OSError as error:
             self._failed(step, error)
             return
@@ -180,7 +179,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and gives back the threads. Without it a save under way when Python exits may be lost."""
         self.wait()
-        self._checkpointer.close()
+        self._arrays.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -191,9 +190,13 @@ class Checkpoints:
     def _places(self) -> dict[int, dict[int, epath.Path]]:
         """All directories, finished or not: ``{step: {attempt: place}}``."""
         found: dict[int, dict[int, epath.Path]] = {}
-        for path in self.directory.iterdir():
-            if match := _PLACE.fullmatch(path.name):
-                found.setdefault(int(match[1]), {})[int(match[2] or 0)] = path
+        try:
+            names = [path.name for path in self.directory.iterdir()]
+        except FileNotFoundError:  # an object store has no empty directories
+            return found
+        for name in names:
+            if match := _PLACE.fullmatch(name):
+                found.setdefault(int(match[1]), {})[int(match[2] or 0)] = self.directory / name
         return found
 
     def _finished(self) -> dict[int, epath.Path]:
@@ -229,20 +232,19 @@ class Checkpoints:
         self, step: int, place: epath.Path, texts: Mapping[str, str], metrics: Mapping[str, float], ticket: int
     ) -> None:
         """In the background: the rest of the files, the manifest, and then what is no longer needed."""
-        errors: list[BaseException] = []
+        wrong: Exception | None = None
         try:
             for name, text in texts.items():
                 (place / name).write_text(text)
         except OSError as error:
-            errors.append(error)
+            wrong = error
         try:
-            self._checkpointer.wait_until_finished()
-            if not errors:
+            self._arrays.wait()
+            if wrong is None:
                 manifest.write(place, host=self._host, hosts=self._hosts, step=step, metrics=metrics)
         except Exception as error:  # tensorstore raises kinds of its own; whatever it was, training goes on
-            errors.append(error)
-        if errors:
-            self._failed(step, errors[0])
+            wrong = wrong or error
+        leftover: Exception | None = None
         try:
             self._barrier(f"{ticket}_written")
             try:
@@ -251,7 +253,12 @@ class Checkpoints:
             finally:
                 self._barrier(f"{ticket}_pruned")  # what is there after `wait` is the same for all
         except Exception as error:  # a peer that died (a kind of jaxlib's), or files that cannot be removed
-            self._report(f"checkpoint {step}: removing what is no longer needed failed: {_line(error)}")
+            leftover = error
+        # Last, for on a full disk this may raise too, and the other hosts must not be left waiting then.
+        if wrong is not None:
+            self._failed(step, wrong)
+        if leftover is not None:
+            self._report(f"checkpoint {step}: removing what is no longer needed failed: {_line(leftover)}")
 
     def _failed(self, step: int, error: BaseException | str) -> None:
         reason = error if isinstance(error, str) else _line(error)
@@ -291,22 +298,11 @@ class Checkpoints:
         return next(filter(None, lines), "")
 
     def _read(self, step: int, place: epath.Path, like: State) -> tuple[State, dict]:
-        leaves = _named(like)
-        shapes = {name: _plain_shape(leaf) for name, leaf in leaves.items()}
-        _check_same(step, json.loads((place / "leaves.json").read_text()), {n: _describe(s) for n, s in shapes.items()})
-        saved = {name: shape for name, shape in shapes.items() if math.prod(shape.shape)}
-        args = ocp.args.PyTreeRestore(item=saved, restore_args=ocp.checkpoint_utils.construct_restore_args(saved))
-        arrays = self._checkpointer.restore(place / "arrays", args=args)
-        values = []
-        for name, leaf in leaves.items():
-            shape = shapes[name]
-            value = arrays[name] if name in arrays else jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
-            if _is_key(leaf):
-                value = jax.random.wrap_key_data(value, impl=_key_impl(leaf))
-            values.append(value)
+        _check_same(step, json.loads((place / "leaves.json").read_text()), describe(like))
+        state = self._arrays.restore(place / "arrays", like)
         hosts = manifest.hosts(place)
         meta = decode((place / f"meta-{self._host if self._host < hosts else 0}.json").read_text())
-        return jax.tree.unflatten(jax.tree.structure(like), values), meta
+        return state, meta
 
     def _from_first(self, text: str) -> str:
         """The first host's text, on all hosts."""
@@ -322,50 +318,18 @@ class Checkpoints:
         ocp.multihost.get_barrier_sync_fn()(key=f"jkd_checkpoint_{name}", timeout_ms=_BARRIER_TIMEOUT_MS)
 
 
-def _checkpointer() -> ocp.AsyncCheckpointer:
-    # By default every replica writes a slice of a replicated array. Cutting them compiles a program for each shape and device,
-    # while training waits; what is large enough for that to pay is split over fsdp anyway.
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-    handlers = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
-    )
-    # Uncompressed: trained weights shrink by 8 % at most, and saving them takes two to four times as long.
-    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False))
-
-
-def _named(tree: Tree) -> dict[str, Any]:
-    """``{path: leaf}`` in the order of the tree's leaves; any pytree."""
-    named: dict[str, Any] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(keys, simple=True, separator="/")
-        named[name if name not in named else f"{name}#{len(named)}"] = leaf
-    return named
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_impl(leaf: Any) -> Any:
-    """Which generator a key is for, of a shape too: jax tells that of arrays only, traced ones included."""
-    impls: list[Any] = []
-    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return impls[0]
-
-
-def _plain(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _plain_shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    if leaf.sharding is None:
-        raise InputError("Checkpoints.restore: a leaf of like has no sharding; give shapes with their shardings, or arrays")
-    data = jax.eval_shape(_plain, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
-
-
-def _describe(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
+def _directory(path: str | os.PathLike) -> epath.Path:
+    """The directory, made where it is not there yet."""
+    directory = epath.Path(path)
+    if "://" not in str(directory):
+        directory = directory.expanduser().resolve()  # for a remote path, epath would make that a local one
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except ImportError as error:
+        raise MissingExtra(f"cannot write checkpoints to {directory}: {error}") from error
+    except OSError as error:
+        raise InputError(f"cannot write checkpoints to {directory}: {_line(error)}") from error
+    return directory
 
 
 def _check_same(step: int, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
@@ -381,24 +345,8 @@ def _check_same(step: int, saved: Mapping[str, str], wanted: Mapping[str, str]) 
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     text = " ".join(str(error).split()) or type(error).__name__
     system = re.search(r"([^:]+) \[os_error_code", text)  # tensorstore puts the whole way there before what the system said
     return (system[1].strip() if system else text)[:300]
-
-
-def _reroute_logs() -> None:
-    """Sends what orbax logs, and absl would print, to the logger ``jkd.orbax``, which is silent until it is given a handler."""
-    logger = logging.getLogger("absl")
-    if _not_orbax not in logger.filters:
-        logger.addFilter(_not_orbax)
-        logging.getLogger("jkd.orbax").addHandler(logging.NullHandler())
-        logging.getLogger("jkd.orbax").propagate = False  # absl itself gives the root logger a handler that prints
-
-
-def _not_orbax(record: logging.LogRecord) -> bool:
-    if f"{os.sep}orbax{os.sep}" not in record.pathname:
-        return True
-    target = logging.getLogger("jkd.orbax")
-    if target.isEnabledFor(record.levelno):
-        target.handle(record)
-    return False

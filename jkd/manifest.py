@@ -29,7 +29,7 @@ def write(place: epath.Path, *, host: int, hosts: int, **facts: object) -> None:
     Raises:
         OSError: a file cannot be read, or the manifest cannot be written.
     """
-    owned = [path for path in files(place) if owner(path, hosts) == host]
+    owned = sorted(_files(place, host, hosts))
     with ThreadPoolExecutor(_READERS) as pool:
         found = dict(zip(owned, pool.map(lambda path: _measure(place / path), owned), strict=True))
     body = {"host": host, "hosts": hosts, "files": found, **facts}
@@ -89,21 +89,17 @@ def problem(place: epath.Path, *, host: int = 0, hosts_now: int = 1) -> str:
     return ""
 
 
-def files(place: epath.Path) -> Iterator[str]:
-    """Paths of all files below ``place``, relative to it, manifests apart."""
-    for root, _, names in place.walk():
-        for path in (root / name for name in names):
-            relative = path.relative_to(place).as_posix()
-            if not NAME.fullmatch(relative) and not relative.startswith("unfinished-"):
-                yield relative
-
-
-def owner(path: str, hosts: int) -> int:
-    """The host that wrote a file of a checkpoint; host 0 where the path does not tell."""
-    for part in path.split("/"):
-        if (match := _OWNER.fullmatch(part)) and int(match[1]) < hosts:
-            return int(match[1])
-    return 0
+def _files(folder: epath.Path, host: int, hosts: int, prefix: str = "", owner: int = 0) -> Iterator[str]:
+    """Paths of the files of a checkpoint that a host wrote: host 0 where neither the name nor a folder's tells whose it is."""
+    for path in folder.iterdir():  # names alone: what epath's walk yields differs from store to store
+        match = _OWNER.fullmatch(path.name)
+        whose = int(match[1]) if match and int(match[1]) < hosts else owner
+        if match and whose != host or not prefix and (NAME.fullmatch(path.name) or path.name.startswith("unfinished-")):
+            continue
+        if path.is_dir():
+            yield from _files(path, host, hosts, f"{prefix}{path.name}/", whose)
+        elif whose == host:
+            yield prefix + path.name
 
 
 def name(host: int, hosts: int) -> str:

@@ -11,12 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny
+from fsspec.implementations.memory import MemoryFileSystem
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -260,6 +262,52 @@ def test_an_unfinished_save_is_skipped_and_removed_by_the_next(checkpoints):
     assert checkpoints.restore(shapes(state())) is None
 
 
+class ObjectStore(MemoryFileSystem):
+    """Files in memory, under ``s3://``; as in a bucket, a folder is there as long as something is in it."""
+
+    protocol = "s3"
+    store: dict = {}
+    pseudo_dirs = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("s3://", "memory://"))
+
+    def mkdir(self, path, create_parents=True, **options):
+        pass
+
+    makedirs = mkdir
+
+
+@pytest.fixture
+def bucket():
+    fsspec.register_implementation("s3", ObjectStore, clobber=True)
+    ObjectStore.store.clear()
+    return ObjectStore.store
+
+
+def test_an_object_store(bucket):
+    with Kept("s3://bucket/run/checkpoints", keep=1) as checkpoints:
+        assert checkpoints.restore(shapes(state())) is None
+        saved(checkpoints, 1, 2)
+        found, meta, step = checkpoints.restore(shapes(state()))
+        assert (step, meta) == (2, {"position": 2})
+        assert_same(found, state(seed=2))
+        assert {name.split("/")[4] for name in bucket} == {"2"}
+        checkpoints.save(3, state(seed=3), {})
+        checkpoints.wait()
+        name = next(name for name in bucket if name.endswith("leaves.json"))
+        ObjectStore().pipe_file(name, b"{}")
+        with pytest.raises(InputError, match="checkpoint 3: leaves.json has 2 bytes"):
+            checkpoints.restore(shapes(state()))
+    assert checkpoints.lines == []
+
+
+def test_a_store_that_cannot_be_reached_is_named():
+    with pytest.raises(InputError, match="cannot write checkpoints to gs://bucket/run: .*gcsfs"):
+        Checkpoints("gs://bucket/run")
+
+
 @pytest.mark.parametrize(
     ("options", "metrics", "kept", "best"),
     [
@@ -310,7 +358,7 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoints):
     with pytest.raises(InputError, match=r"step is int32\[\] in the checkpoint, int16\[\] in this run"):
         checkpoints.restore(half)
     with pytest.raises(InputError, match="no sharding"):
-        checkpoints.restore(jax.eval_shape(lambda: {"x": jnp.zeros(3)}))
+        checkpoints.restore(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like))
 
 
 def test_meta_comes_back_exactly(checkpoints):
@@ -351,6 +399,13 @@ def test_what_json_cannot_keep_is_refused(checkpoints, meta, said):
     assert checkpoints.steps() == []
 
 
+def test_a_metric_that_is_not_measured_is_told(tmp_path):
+    with Kept(tmp_path, best="acuracy") as checkpoints:
+        checkpoints.save(1, {"x": jnp.zeros(3)}, {}, {"accuracy": 0.5})
+        checkpoints.save(2, {"x": jnp.zeros(3)}, {})
+    assert checkpoints.lines == ["best = 'acuracy': step 1 was measured without it; did you mean 'accuracy'?"]
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(InputError, match="keep = 0"):
         Checkpoints(tmp_path, keep=0)
@@ -362,10 +417,13 @@ def test_bad_arguments(tmp_path):
 def test_a_full_disk_is_reported_and_the_next_save_works(tmp_path):
     """A limit on the size of files stands for the full disk: writes fail in the same places, and no privileges are needed."""
     done = helper("full", tmp_path)
-    assert done.stderr == ""
+    # tensorstore's own threads may find that nobody waits for their other writes any more, and say so; orbax says nothing
+    assert "Error writing" not in done.stderr
+    assert "orbax" not in done.stderr
     lines = done.stdout.splitlines()
-    assert re.fullmatch(r"checkpoint 2 could not be written: File too large; training goes on", lines[0])
-    assert lines[1:] == ["[1] ['1']", "[3] ['3']", "restored 3"]
+    for step, failed in ((2, lines.pop(0)), (4, lines.pop(3))):
+        assert re.fullmatch(rf"checkpoint {step} could not be written: File too large( \(.*\))?; training goes on", failed)
+    assert lines == ["[1] ['1']", "restored 1", "[3] ['3']", "[3] ['3']", "restored 3", "[5] ['5']", "restored 5"]
 
 
 def test_killed_in_the_middle_of_a_save(tmp_path):
