@@ -65,12 +65,11 @@ def _train(
 
     from jkd import console, devices
     from jkd.cli import STOPPED
-    from jkd.loop import Failed, Listener, Stopped, claim
+    from jkd.loop import Failed, Listener, Stopped
     from jkd.loop import train as train_experiment
+    from jkd.workdir import claim
 
     lead = jax.process_index() == 0
-    if jax.process_count() == 1:
-        _forget(workdir)
     claim(workdir, experiment)  # first of all: a folder that holds another config keeps its record
     if lead:
         _record(workdir, arguments)
@@ -129,16 +128,6 @@ def _default(config: str, experiment: Experiment, seeds: range | None) -> str:
     from jkd import fingerprint
 
     return f"runs/{Path(config).stem}-{fingerprint.digest(experiment)}{'' if seeds is None else '-seeds'}"
-
-
-def _forget(workdir: epath.Path) -> None:
-    """Takes back the claim of a command that failed before it had anything to keep: its config may be mended and run again."""
-    if (
-        (workdir / "config.json").exists()
-        and not any(workdir.glob("*/checkpoints/*"))
-        and not any(workdir.glob("*/result.json"))
-    ):
-        (workdir / "config.json").unlink()
 
 
 def _record(workdir: epath.Path, arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jkd.interrupts import Interrupts
 from jkd.state import Frozen, State, freeze, init_state, state_shapes, state_shardings
 from jkd.step import make_step, make_term_gradients, models_of
 from jkd.types import Batch, Model
+from jkd.workdir import claim
 
 Summary = dict[str, Any]
 
@@ -80,7 +81,7 @@ class Result:
     student: Model | None
     metrics: dict[str, float]
     summary: dict[str, Summary]
-    artifacts: dict[str, Any]
+    artifacts: Mapping[str, Any]
 
 
 def train(experiment: Experiment | Run, workdir: Any = None, *, listener: Listener | None = None) -> Result:
@@ -101,63 +102,27 @@ def train(experiment: Experiment | Run, workdir: Any = None, *, listener: Listen
     folder = None if workdir is None else claim(epath.Path(workdir), experiment)
     used = {name for node in experiment.nodes.values() for name in dependencies(node)}
     done: dict[str, _Finished] = {}
-    artifacts: dict[str, Any] = {}
-    with Interrupts() as signals:
+    artifacts = _Artifacts()
+    with Interrupts() as interrupts:
         for name, node in experiment.nodes.items():
-            earlier = {needed: _value(artifacts[needed]) for needed in dependencies(node)}
+            earlier = {needed: artifacts[needed] for needed in dependencies(node)}
             if not isinstance(node, Run):
                 node = node(**earlier)
-            elif isinstance(node.teacher, (str, Ensemble)):
-                node = dataclasses.replace(node, teacher=teachers.named(node.teacher, earlier))
             if not isinstance(node, Run):
-                artifacts[name] = node
+                artifacts.add(name, node)
                 continue
-            run = _Training(name, node, None if folder is None else folder / name, listener, signals)
+            run = _Training(name, node, earlier, None if folder is None else folder / name, listener, interrupts)
             done[name] = finished = run.finished() or run.train()
             if name in used and finished.summary["agreement"] is None:
                 finished.summary["agreement"] = 1.0  # it is what the others are held against
-            artifacts[name] = finished
+            artifacts.add(name, finished)
             if folder is not None and jax.process_index() == 0:
                 summary = {each: finished.summary for each, finished in done.items()}
                 (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     last = done[list(done)[-1]] if done else None
-    return Result(
-        state=last.load()[0] if last else None,
-        student=last.load()[1] if last else None,
-        metrics=last.metrics if last else {},
-        summary={name: finished.summary for name, finished in done.items()},
-        artifacts={name: _value(artifact) for name, artifact in artifacts.items()},
-    )
-
-
-def claim(folder: epath.Path, experiment: Experiment) -> epath.Path:
-    """Makes the folder and writes the resolved config into it, or checks that it holds this very config.
-
-    Raises:
-        InputError: it cannot be written, or it holds another config (the message lists the differences).
-    """
-    wanted = fingerprint.to_json(experiment)
-    file = folder / "config.json"
-    try:
-        if file.exists():
-            there = json.loads(file.read_text())
-            if there != wanted:
-                differences = fingerprint.differences(there, wanted)
-                raise InputError(
-                    f"workdir {folder} holds another config ({'; '.join(differences[:5])}); give another --workdir"
-                )
-        elif jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(wanted, indent=1) + "\n")
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"workdir {folder} cannot be used: {error}") from error
-    return folder
-
-
-def _value(artifact: Any) -> Any:
-    return artifact.load()[1] if isinstance(artifact, _Finished) else artifact
+    state, student = last.load() if last else (None, None)
+    summary = {name: finished.summary for name, finished in done.items()}
+    return Result(state=state, student=student, metrics=last.metrics if last else {}, summary=summary, artifacts=artifacts)
 
 
 @dataclasses.dataclass
@@ -169,11 +134,42 @@ class _Finished:
     load: Callable[[], tuple[State, Model]]
 
 
+class _Artifacts(Mapping[str, Any]):
+    """What nodes left, by name; the weights of a run that was done before are read when somebody asks for them."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Any] = {}
+
+    def add(self, name: str, artifact: Any) -> None:
+        self._found[name] = artifact
+
+    def __getitem__(self, name: str) -> Any:
+        artifact = self._found[name]
+        return artifact.load()[1] if isinstance(artifact, _Finished) else artifact
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
 class _Training:
     """One run: builds its programs, and keeps what the loop needs between steps."""
 
-    def __init__(self, name: str, run: Run, folder: epath.Path | None, listener: Listener, signals: Interrupts):
-        self.name, self.run, self.folder, self.listener, self.signals = name, run, folder, listener, signals
+    def __init__(
+        self,
+        name: str,
+        run: Run,
+        earlier: Mapping[str, Any],
+        folder: epath.Path | None,
+        listener: Listener,
+        interrupts: Interrupts,
+    ):
+        self.config = fingerprint.to_json(run)  # as it was written down: the teacher by its name
+        if isinstance(run.teacher, (str, Ensemble)):
+            run = dataclasses.replace(run, teacher=teachers.named(run.teacher, earlier))
+        self.name, self.run, self.folder, self.listener, self.interrupts = name, run, folder, listener, interrupts
         self.ctx = make_context(run)
         self.process = (jax.process_index(), jax.process_count())
         self.checkpoints = None
@@ -228,7 +224,7 @@ class _Training:
                 if pending is not None:
                     self._arrived(*pending, writer, clock)
                 pending, done = (step, values), step + 1
-                stopping = self.signals.stop(done)
+                stopping = self.interrupts.stop(done)
                 evaluating = done == steps or (evaluations and done % evaluations == 0)
                 saving = self.checkpoints is not None and (done == steps or (saves and done % saves == 0) or stopping)
                 if evaluating or saving or stopping:
@@ -284,7 +280,7 @@ class _Training:
     def _meta(self, step: int, weights: np.ndarray | None) -> dict[str, Any]:
         meta: dict[str, Any] = {
             "position": step,  # global batches trained on
-            "config": fingerprint.to_json(self.run),
+            "config": self.config,
             "revision": provenance.code_revision(),
             "versions": provenance.package_versions(),
         }
