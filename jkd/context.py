@@ -339,6 +339,11 @@ def _check_batch(run: Run, batch: Batch, mesh: Mesh) -> None:
 def _check_groups(ctx: Context) -> None:
     """Every group has an optimizer, and every name and pattern in the run is one of a group or parameter that exists."""
     run, groups = ctx.run, ctx.groups
+    for name, tree in {**ctx.params, **ctx.vars.params}.items():
+        odd = [leaf for leaf in trees.flatten(tree).values() if not isinstance(leaf, jax.ShapeDtypeStruct)]
+        if odd or not isinstance(tree, Mapping):
+            found = type(odd[0]).__name__ if odd else "one array"
+            raise InputError(f"parameters of {name!r} are nested dicts of arrays; this is {found}")
     for group in groups:
         ctx.optimizer_config(group)
     if isinstance(run.optimizer, Mapping):

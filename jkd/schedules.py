@@ -117,4 +117,6 @@ class Epochs:
 
 
 def _progress(clock: Clock, begin: float, until: float) -> Array:
+    if begin == until:
+        return jnp.float32(clock.fraction >= begin)
     return jnp.clip((clock.fraction - begin) / (until - begin), 0, 1)

@@ -7,7 +7,6 @@ names. The axes are Auto: models need no annotation, and XLA places what is not 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -142,13 +141,15 @@ def at_use(params: Tree, specs: Tree, mesh: Mesh, dtype: Any = None) -> Tree:
     return trees.map_with_path(place, params, specs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(leaf: Array, spec: P, mesh: Mesh) -> Array:
+def _whole(leaf: Array, spec: P, mesh: Mesh) -> Array:
     return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, without_fsdp(spec)))
 
 
+_gather = jax.custom_vjp(_whole, nondiff_argnums=(1, 2))
+
+
 def _gather_forward(leaf, spec, mesh):
-    return _gather(leaf, spec, mesh), None
+    return _whole(leaf, spec, mesh), None  # not _gather: forward mode over reverse could not pass it
 
 
 def _gather_backward(spec, mesh, _, cotangent):

@@ -54,12 +54,13 @@ def init_state(ctx: Context, key: Array) -> tuple[State, Frozen]:
         InputError: the teacher holds no weights.
     """
     frozen = freeze(ctx)
+    places = state_shardings(ctx)
     given = {
-        side: (ctx.networks[side].params, ctx.networks[side].buffers)
+        side: sharding.put((network.params, network.buffers), (places.params[side], places.buffers[side]))
         for side in _networks_in_state(ctx)
-        if ctx.networks[side].initialised
+        if (network := ctx.networks[side]).initialised
     }
-    init = jax.jit(lambda *args: _init(ctx, *args), out_shardings=state_shardings(ctx))
+    init = jax.jit(lambda *args: _init(ctx, *args), out_shardings=places)
     return init(key, frozen, given), frozen
 
 

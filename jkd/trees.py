@@ -53,11 +53,19 @@ def matches(path: str, patterns: Iterable[str]) -> bool:
     return found
 
 
-def split(tree: Tree, keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
-    """Two trees: the leaves whose path is kept, and the others. `merge` joins them again."""
-    flat = flatten(tree) if tree else {}
-    kept = unflatten({path: leaf for path, leaf in flat.items() if keep(path)})
-    rest = unflatten({path: leaf for path, leaf in flat.items() if not keep(path)})
+def split(tree: Tree, keep: Callable[[str], bool], prefix: str = "") -> tuple[Tree, Tree]:
+    """Two trees: the leaves whose path is kept, and the others (empty dicts among them). `merge` joins them again."""
+    kept, rest = dict[str, Any](), dict[str, Any]()
+    for name, node in tree.items():
+        path = f"{prefix}/{name}" if prefix else name
+        if not isinstance(node, Mapping):
+            (kept if keep(path) else rest)[name] = node
+        elif not node:
+            rest[name] = node
+        else:
+            for side, part in zip((kept, rest), split(node, keep, path), strict=True):
+                if part:
+                    side[name] = part
     return kept, rest
 
 

@@ -164,6 +164,14 @@ WRONG = {
         dict(recipe=remembering(lambda ctx: {}, observe=lambda student, batch: {"o": student.logits.mean()})),
         "Mine.observe: a leaf has shape \\(\\); give one row for each of the 32 examples",
     ),
+    "parameters that are no dict": (
+        dict(recipe=recipe(init=lambda self, key, ctx: Vars(params={"scale": jnp.ones(3)}))),
+        "parameters of 'scale' are nested dicts of arrays; this is one array",
+    ),
+    "parameters in a list": (
+        dict(recipe=recipe(init=lambda self, key, ctx: Vars(params={"scale": {"layers": [jnp.ones(3)]}}))),
+        "parameters of 'scale' are nested dicts of arrays; this is list",
+    ),
     "bank for data of unknown size": (
         dict(recipe=remembering(lambda ctx: {"b": Bank.full(ctx)})),
         "Mine keeps a row for each example: the run needs data of known size",
