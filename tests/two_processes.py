@@ -1,0 +1,63 @@
+"""One of several processes that train together; started by test_processes.py: two_processes.py PROCESS COUNT ADDRESS OUT."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+
+
+def main(process: int, count: int, address: str, out: str) -> None:
+    if count > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, count, process)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+    import numpy as np
+    import tiny
+    from jax.experimental import multihost_utils
+
+    from jkd import optim, sharding, trees
+    from jkd.config import Ema
+    from jkd.context import make_context
+    from jkd.data import augment
+    from jkd.state import init_state
+    from jkd.step import make_step
+
+    assert jax.process_count() == count
+    assert len(jax.devices()) == 4
+    found = {}
+    cases = {
+        "data": dict(mesh=sharding.MeshShape(), microbatches=2),
+        "fsdp": dict(mesh=sharding.MeshShape(data=2, fsdp=2), student=tiny.network()),
+        "mixup and BatchNorm": dict(
+            student=tiny.student(norm="batch"),
+            teacher=tiny.teacher(norm="batch"),
+            augment=(augment.Mixup(0.8, classes=tiny.CLASSES),),
+        ),
+    }
+    for name, fields in cases.items():
+        run = tiny.run(optimizer=optim.sgd(tiny.FIRST_STEP, momentum=0.9), ema=Ema(decay=0.5), **fields)
+        ctx = make_context(run, tiny.batch())
+        state, frozen = init_state(ctx, jax.random.key(0))
+        step = make_step(ctx)
+        found[f"{name}/start"] = whole(multihost_utils, state.params)
+        for number, rows in enumerate(tiny.batches(5, ragged="BatchNorm" not in name)):
+            share = tiny.ROWS // count  # host h reads rows [h * share, (h + 1) * share)
+            own = {key: value[process * share : (process + 1) * share] for key, value in rows.items()}
+            state, metrics = step(state, frozen, sharding.put_batch(own, ctx.mesh))
+            if number == 0:
+                found[f"{name}/first"] = whole(multihost_utils, state.params)
+            found[f"{name}/loss{number}"] = {"loss": sharding.local(metrics)["loss"]}
+        found[f"{name}/end"] = whole(multihost_utils, {"params": state.params, "ema": state.ema, "buffers": state.buffers})
+        assert step._cache_size() == 1
+    if process == 0:
+        np.savez(out, **trees.flatten(found))
+
+
+def whole(multihost_utils, tree):
+    return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
