@@ -192,17 +192,20 @@ def sigmoid(z):
     return 1 / (1 + np.exp(-z))
 
 
-def yes_no_kl(p, q):
-    return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+def log_sigmoid(z):
+    return -np.logaddexp(0, -z)  # 1 - sigmoid(z) would cancel for large z
 
 
 def binary_kl(student_logits, teacher_logits, temperature=2.0):
-    p, q = sigmoid(teacher_logits / temperature), sigmoid(student_logits / temperature)
-    return temperature**2 * yes_no_kl(p, q).sum(-1)
+    s, t = student_logits / temperature, teacher_logits / temperature
+    yes = sigmoid(t) * (log_sigmoid(t) - log_sigmoid(s))
+    no = sigmoid(-t) * (log_sigmoid(-t) - log_sigmoid(-s))
+    return temperature**2 * (yes + no).sum(-1)
 
 
 def binary_kl_norm(student_logits, teacher_logits, temperature=2.0):
-    return temperature**2 * yes_no_kl(0.5, sigmoid((student_logits - teacher_logits) / temperature)).sum(-1)
+    u = (student_logits - teacher_logits) / temperature
+    return temperature**2 * (-np.log(2) - (log_sigmoid(u) + log_sigmoid(-u)) / 2).sum(-1)
 
 
 # --- correlations -------------------------------------------------------------------------------------------------------
