@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -101,6 +102,30 @@ def test_rows_of_weight_zero_change_nothing(layout):
     }
     assert empty.any()
     assert tiny.distance(*(plain_engine(layout).gradient(one) for one in (other, rows))) < 1e-6
+
+
+@pytest.mark.parametrize("layout", [None, "4 microbatches"])
+def test_weights_count_by_proportion_however_small_their_sum(layout):
+    rows = tiny.batch(ragged=True)
+    small = rows | {"weight": rows["weight"] * np.float32(2**-12)}
+    assert tiny.distance(*(plain_engine(layout).gradient(one) for one in (small, rows))) < 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Poisoned(tiny.Plain):
+    """A loss that is not finite on rows that are padding."""
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        term = super().terms(vars, student, teacher, batch, clock=clock, key=key)["square"]
+        return {"square": dataclasses.replace(term, values=jnp.where(batch["weight"] > 0, term.values, jnp.nan))}
+
+
+def test_what_a_loss_says_of_padding_is_not_looked_at():
+    poisoned, plain = (
+        engine(None, recipe=recipe, teacher=None, optimizer=tiny.UNIT).gradient(tiny.batch(ragged=True))
+        for recipe in (Poisoned(), tiny.Plain())
+    )
+    assert tiny.distance(poisoned, plain) < 1e-6
 
 
 @pytest.mark.parametrize("label", [-1, tiny.CLASSES + 3])
