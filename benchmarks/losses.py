@@ -19,11 +19,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_features
 import plain_logits
 
 from jkd import losses
 
-ROWS = [*plain_logits.ROWS]
+ROWS = [*plain_logits.ROWS, *plain_features.ROWS]
 TINY = plain_logits.TINY
 
 
@@ -50,7 +51,8 @@ def measure(name, plain, make_inputs, shape, hyper, *, tiny: bool, budget: float
     shape = TINY if tiny else shape
     arrays = [np.asarray(x) for x in make_inputs(np.random.default_rng(0), shape)]
     inputs = [jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else None) for x in arrays]
-    (ours, our_bytes), (theirs, their_bytes) = (compiled(f, hyper, inputs) for f in (getattr(losses, name), plain))
+    own = plain_features.CALLS.get(name) or getattr(losses, name)
+    (ours, our_bytes), (theirs, their_bytes) = (compiled(f, hyper, inputs) for f in (own, plain))
     (value, gradient), (plain_value, plain_gradient) = ours(*inputs), theirs(*inputs)
     # The comparison means nothing unless both compute the same (to float32, and to the eps that the transcriptions add).
     np.testing.assert_allclose(value, plain_value, rtol=1e-3, atol=1e-5)

@@ -86,9 +86,6 @@ def _pool_axis(x: Any, axis: int, size: int) -> Any:
     length = x.shape[axis]
     if length == size:
         return x
-    if length % size == 0:
-        split = (*x.shape[:axis], size, length // size, *x.shape[axis:][1:])
-        return jnp.mean(x.reshape(split), axis=axis)
     cells = np.zeros((size, length))
     for i in range(size):
         start, stop = (i * length) // size, -((-(i + 1) * length) // size)
@@ -99,6 +96,12 @@ def _pool_axis(x: Any, axis: int, size: int) -> Any:
 
 def adaptive_average_pool(x: Any, height: int, width: int) -> Any:
     """``[..., height, width, channels]`` averaged as ``adaptive_avg_pool2d`` does: cells overlap where sizes don't divide."""
+    *batch, rows, columns, channels = x.shape
+    if (rows, columns) == (height, width):
+        return x
+    if rows % height == 0 and columns % width == 0:
+        cells = x.reshape(*batch, height, rows // height, width, columns // width, channels)
+        return jnp.mean(cells, axis=(-4, -2))
     return _pool_axis(_pool_axis(x, -3, height), -2, width)
 
 

@@ -44,7 +44,7 @@ def activation_boundary(
     student, teacher = map_pair(student_features=student_features, teacher_features=teacher_features)
     target = jnp.where(teacher > 0, margin, -margin)
     wrong = jnp.where(teacher > 0, student <= margin, student > -margin)
-    return jnp.sum(jnp.where(wrong, jnp.square(student - target), 0), axis=(-3, -2, -1))
+    return jnp.sum(jnp.square(jnp.where(wrong, student - target, 0)), axis=(-3, -2, -1))
 
 
 def overhaul(
@@ -82,4 +82,4 @@ def overhaul(
     student, teacher = match(student, teacher)
     target = jnp.maximum(teacher, per_channel(margin, teacher))
     counted = (student > target) | (target > 0)
-    return jnp.sum(jnp.where(counted, jnp.square(student - target), 0), axis=(-3, -2, -1))
+    return jnp.sum(jnp.square(jnp.where(counted, student - target, 0)), axis=(-3, -2, -1))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkd.losses._common import check_nonempty, check_rank, check_same_shape, check_where, describe, kl, masked_mean, promote
+from jkd.losses._common import check_nonempty, check_rank, check_same_shape, check_where, describe, masked_mean, promote
 from jkd.losses._maps import einsum
 from jkd.losses._typing import Array, Bool, Float, Real
 
@@ -34,13 +34,26 @@ def _mean_over_queries(values, mask):
     return masked_mean(values, mask, -1)
 
 
+def _shifted(scores):
+    """Scores less the row's largest (0 in a row of -inf only), and the sum of their exponentials."""
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))  # softmax does not see a shift
+    shifted = scores - jnp.where(largest > -jnp.inf, largest, 0)
+    return shifted, jnp.sum(jnp.exp(shifted), axis=-1)
+
+
 def _row_kl(student_scores, teacher_scores, mask):
-    """``KL(teacher row || student row)`` for each query, over the keys that are real."""
+    """``KL(teacher row || student row)`` for each query, over the keys that are real; 0 for a row without a key.
+
+    Written as ``sum p (t - s) - log sum exp t + log sum exp s``, which holds one array fewer than two log-softmaxes do.
+    """
     if mask is not None:
-        # A softmax over nothing is undefined: an example without a token keeps its scores, and its queries are dropped.
-        keys = (mask | ~jnp.any(mask, axis=-1, keepdims=True))[..., None, :]
-        student_scores, teacher_scores = (jnp.where(keys, x, -jnp.inf) for x in (student_scores, teacher_scores))
-    return kl(jax.nn.log_softmax(teacher_scores), jax.nn.log_softmax(student_scores))
+        student_scores, teacher_scores = (jnp.where(mask[..., None, :], x, -jnp.inf) for x in (student_scores, teacher_scores))
+    (student, student_sum), (teacher, teacher_sum) = _shifted(student_scores), _shifted(teacher_scores)
+    difference = teacher - student
+    difference = jnp.where(jnp.abs(difference) < jnp.inf, difference, 0)
+    safe_sums = [jnp.where(total > 0, total, 1) for total in (student_sum, teacher_sum)]
+    p = jnp.exp(teacher) / safe_sums[1][..., None]
+    return jnp.sum(p * difference, axis=-1) + jnp.log(safe_sums[0]) - jnp.log(safe_sums[1])
 
 
 def _mean_over_heads(per_head, *arrays):
@@ -116,7 +129,7 @@ def attention_kl(
 
     Args:
         student_scores: ``[..., heads, queries, keys]`` before the softmax, after the division by sqrt(head size). Keys at -inf on
-            either side (a causal mask) contribute nothing.
+            both sides (a causal mask) contribute nothing.
         teacher_scores: the same shape: the number of heads must agree.
         mask: ``[..., tokens]``, 1 = real.
 

@@ -19,8 +19,9 @@ ENTRIES = (-3, -2, -1)
 
 
 def _attention(features, p):
-    """``[..., height, width, 1]``: mean over channels of |x|^p, of length 1 over the positions."""
-    return normalize(jnp.mean(jnp.abs(features) ** p, axis=-1, keepdims=True), SPACE)
+    """``[..., height, width]``: mean over channels of |x|^p, of length 1 over the positions."""
+    powers = features**p if p % 2 == 0 else jnp.abs(features) ** p
+    return normalize(jnp.mean(powers, axis=-1), (-2, -1))
 
 
 def attention_transfer(
@@ -56,8 +57,8 @@ def attention_transfer(
     if p < 1:
         raise ValueError(f"p must be at least 1, got {p}")
     student, teacher = map_pair(same_channels=False, student_features=student_features, teacher_features=teacher_features)
-    kept, student, teacher = keep_positions(where, student, teacher)
-    return masked_mean(jnp.square(_attention(student, p) - _attention(teacher, p)), kept, ENTRIES)
+    _, student, teacher = keep_positions(where, student, teacher)
+    return masked_mean(jnp.square(_attention(student, p) - _attention(teacher, p)), where, (-2, -1))
 
 
 def factor_transfer(
@@ -90,8 +91,8 @@ def factor_transfer(
         1.0
     """
     student, teacher = map_pair(same_channels=False, student_features=student_features, teacher_features=teacher_features)
-    kept, student, teacher = keep_positions(where, student, teacher)
-    return masked_mean(jnp.abs(_attention(student, 2) - _attention(teacher, 2)), kept, ENTRIES)
+    _, student, teacher = keep_positions(where, student, teacher)
+    return masked_mean(jnp.abs(_attention(student, 2) - _attention(teacher, 2)), where, (-2, -1))
 
 
 def _flat(features):
