@@ -60,7 +60,9 @@ def init_state(ctx: Context, key: Array) -> tuple[State, Frozen]:
         for side in _networks_in_state(ctx)
         if (network := ctx.networks[side]).initialised
     }
-    init = jax.jit(lambda *args: _init(ctx, *args), out_shardings=places)
+    # run once: on CPU the time to optimise this program is many times what it takes to run
+    options = {"xla_backend_optimization_level": 0} if ctx.mesh.devices.flat[0].platform == "cpu" else None
+    init = jax.jit(lambda *args: _init(ctx, *args), out_shardings=places, compiler_options=options)
     return init(key, frozen, given), frozen
 
 
