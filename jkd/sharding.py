@@ -129,34 +129,18 @@ def without_fsdp(spec: P) -> P:
 def at_use(params: Tree, specs: Tree, mesh: Mesh, dtype: Any = None) -> Tree:
     """Parameters as a network gets them: cast to the compute dtype, then gathered along ``fsdp``.
 
-    The cast comes first so that bfloat16 travels. Going back, each cotangent is sent straight to the stored place: without the
-    two constraints XLA is free to gather activations in the place of weights.
+    The cast comes first so that bfloat16 travels. Without this constraint XLA is free to gather activations in the place of
+    weights; with it, and gradients constrained to the stored places, gradients are reduced and scattered at once.
     """
 
     def place(path: str, leaf: Array, spec: P) -> Array:
         if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(dtype)
-        return leaf if "fsdp" not in jax.tree.leaves(tuple(spec)) else _gather(leaf, spec, mesh)
+        if "fsdp" not in jax.tree.leaves(tuple(spec)):
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, without_fsdp(spec)))
 
     return trees.map_with_path(place, params, specs)
-
-
-def _whole(leaf: Array, spec: P, mesh: Mesh) -> Array:
-    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, without_fsdp(spec)))
-
-
-_gather = jax.custom_vjp(_whole, nondiff_argnums=(1, 2))
-
-
-def _gather_forward(leaf, spec, mesh):
-    return _whole(leaf, spec, mesh), None  # not _gather: forward mode over reverse could not pass it
-
-
-def _gather_backward(spec, mesh, _, cotangent):
-    return (jax.lax.with_sharding_constraint(cotangent, NamedSharding(mesh, spec)),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def shardings(specs: Tree, mesh: Mesh) -> Tree:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jkd import optim, trees
+from jkd import optim, sharding, trees
 from jkd.config import Ema, StudentEma
 from jkd.recipes import KD
 from jkd.sharding import MeshShape
@@ -172,19 +172,26 @@ def test_weights_that_depend_on_the_forward_pass_are_counted_right():
     assert tiny.distance(whole.gradient(rows), plain) > 1e-3
 
 
-def test_higher_derivatives_pass_the_gather():
-    """Meta-gradients and curvature under fsdp: forward over reverse and reverse over reverse agree."""
-    from jkd import sharding
-
+def test_every_transformation_passes_the_gather():
+    """Under fsdp too: Jacobian products in parameters, curvature both ways, gradients of each example."""
     mesh, spec = FSDP["fsdp"].build(), jax.sharding.PartitionSpec("fsdp")
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32)
-    direction = jnp.ones_like(kernel)
+    direction, scales = jnp.ones_like(kernel), jnp.arange(3.0)
 
-    def loss(kernel):
-        return jnp.sum(jnp.tanh(sharding.at_use({"k": kernel}, {"k": spec}, mesh)["k"]) ** 3)
+    def bare(kernel, scale=1.0):
+        return scale * jnp.sum(jnp.tanh(kernel) ** 3)
 
-    forward = jax.jit(lambda k: jax.jvp(jax.grad(loss), (k,), (direction,))[1])(kernel)
-    reverse = jax.jit(jax.grad(lambda k: jnp.vdot(jax.grad(loss)(k), direction)))(kernel)
-    wanted = jax.jvp(jax.grad(lambda k: jnp.sum(jnp.tanh(k) ** 3)), (kernel,), (direction,))[1]
-    np.testing.assert_allclose(forward, wanted, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(reverse, wanted, rtol=1e-4, atol=1e-6)
+    def placed(kernel, scale=1.0):
+        return bare(sharding.at_use({"k": kernel}, {"k": spec}, mesh)["k"], scale)
+
+    transformed = {
+        "jvp": lambda loss: jax.jvp(loss, (kernel,), (direction,))[1],
+        "forward over reverse": lambda loss: jax.jvp(jax.grad(loss), (kernel,), (direction,))[1],
+        "reverse over reverse": lambda loss: jax.grad(lambda k: jnp.vdot(jax.grad(loss)(k), direction))(kernel),
+        "each example": lambda loss: jax.vmap(jax.grad(loss), (None, 0))(kernel, scales),
+        "each network": lambda loss: jax.vmap(loss)(jnp.stack([kernel, 2 * kernel])),
+        "recomputed": lambda loss: jax.grad(jax.checkpoint(loss))(kernel),
+    }
+    for name, transform in transformed.items():
+        found, wanted = jax.jit(lambda: transform(placed))(), transform(bare)  # noqa: B023
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6, err_msg=name)
