@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from jkd.context import Context as Context
     from jkd.context import make_context as make_context
     from jkd.errors import InputError as InputError
+    from jkd.loop import Failed as Failed
+    from jkd.loop import Listener as Listener
+    from jkd.loop import Result as Result
+    from jkd.loop import Stopped as Stopped
+    from jkd.loop import train as train
     from jkd.recipe import Bank as Bank
     from jkd.recipe import Models as Models
     from jkd.recipe import Recipe as Recipe
@@ -40,11 +45,6 @@ if TYPE_CHECKING:
     from jkd.state import init_state as init_state
     from jkd.step import make_eval_step as make_eval_step
     from jkd.step import make_step as make_step
-    from jkd.loop import Failed as Failed
-    from jkd.loop import Listener as Listener
-    from jkd.loop import Result as Result
-    from jkd.loop import Stopped as Stopped
-    from jkd.loop import train as train
     from jkd.types import Model as Model
     from jkd.types import Outputs as Outputs
     from jkd.types import Preprocess as Preprocess

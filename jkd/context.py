@@ -182,7 +182,7 @@ def make_context(
         augmented = jax.eval_shape(lambda batch, key: augment(run, batch, key), raw_batch, _key())
     ctx = _resolve(run, mesh, raw_batch, augmented, train_size)
     if ctx.prepares:
-        from jkd.step import prepared_shapes
+        from jkd.prepare import prepared_shapes
 
         ctx = _resolve(run, mesh, raw_batch, prepared_shapes(ctx), train_size)
         _check_batch(run, ctx.batch, mesh)

@@ -11,9 +11,9 @@ import numpy as np
 from jkd import sharding
 from jkd.context import Context
 from jkd.errors import InputError
+from jkd.prepare import make_prepare
 from jkd.recipe import Recipe
 from jkd.state import Frozen, State
-from jkd.step import make_prepare
 from jkd.types import Batch
 
 

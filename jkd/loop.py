@@ -23,8 +23,9 @@ from jkd.errors import InputError
 from jkd.evaluate import make_evaluate
 from jkd.feed import Feed
 from jkd.interrupts import Interrupts
+from jkd.networks import models_of
 from jkd.state import Frozen, State, freeze, init_state, state_shapes, state_shardings
-from jkd.step import make_step, make_term_gradients, models_of
+from jkd.step import make_step, make_term_gradients
 from jkd.types import Batch, Model
 from jkd.workdir import claim
 

@@ -84,9 +84,10 @@ class Models:
             taps: paths to capture; None for the recipe's own.
             train, key: see `Model`.
         """
-        group = group if group is not None else network
-        if not isinstance(group, str):
-            raise TypeError("models.apply: say which group's weights a Model of your own runs with (group=…)")
+        if group is None:
+            if not isinstance(network, str):
+                raise TypeError("models.apply: say which group's weights a Model of your own runs with (group=…)")
+            group = network
         outputs, buffers = self.call(self, network, group, part, batch, taps, train, key)
         return outputs, dataclasses.replace(self, buffers={**self.buffers, group: buffers})
 
@@ -301,7 +302,9 @@ class Combine(Recipe):
         return Vars(params=own(vars.params), memory=vars.memory[str(place)], buffers=own(vars.buffers))
 
     def init(self, key: Array, ctx: Context) -> Vars:
-        params, memory, buffers = {}, {}, {}
+        params: dict[str, Tree] = {}
+        buffers: dict[str, Tree] = {}
+        memory = {}
         for place, member in enumerate(self.recipes):
             own = member.init(jax.random.fold_in(key, place), ctx)
             params |= {f"{place}:{group}": tree for group, tree in own.params.items()}

@@ -16,8 +16,8 @@ from jkd.config import Ensemble, Experiment, Run, dependencies
 from jkd.context import make_context
 from jkd.errors import InputError
 from jkd.evaluate import make_evaluate
+from jkd.networks import models_of
 from jkd.state import freeze, state_shapes, state_shardings
-from jkd.step import models_of
 
 
 def experiment_of(workdir: epath.Path) -> Experiment:

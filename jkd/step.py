@@ -14,16 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 
 from jkd import schedules, sharding, trees
-from jkd.config import StudentEma
-from jkd.context import Context, augment, explained, to_compute
+from jkd.context import Context, explained, to_compute
 from jkd.errors import InputError
+from jkd.networks import gathered, models_at, models_of, moved, seen, step_key
 from jkd.recipe import Models, Update, Vars
 from jkd.schedules import Clock
-from jkd.state import Frozen, State, frozen_shapes, state_shapes, state_shardings, step_shapes, trainable
-from jkd.types import Array, Batch, Model, Outputs, Term, Tree, subtree
+from jkd.state import Frozen, State, state_shardings, step_shapes, trainable
+from jkd.types import Array, Batch, Term, Tree
 
 Metrics = dict[str, Array]
 
@@ -39,7 +38,9 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Metrics]:
         clock, key = ctx.clock(state.step), step_key(state)
         batch = seen(ctx, batch, key)
-        start, terms, norms = state, {}, []
+        start = state
+        terms: dict[str, Metrics] = {}
+        norms: list[Array] = []
         for place, update in enumerate(ctx.updates):
 
             def run(state: State, place: int = place, update: Update = update):
@@ -77,7 +78,7 @@ def make_eval_step(ctx: Context, measure: Callable[..., Tree], *, ema: bool = Fa
 
     def eval_step(state: State, frozen: Frozen, batch: Batch) -> Tree:
         models = models_of(ctx, state, frozen, ema=ema)
-        product = ctx.recipe.deploy(dataclasses.replace(models, params=_gathered(ctx, models.params)))
+        product = ctx.recipe.deploy(dataclasses.replace(models, params=gathered(ctx, models.params)))
         batch = sharding.constrain_batch(batch, ctx.mesh)
         student, _ = product.apply(to_compute(ctx.run, product.params), product.buffers, to_compute(ctx.run, batch))
         # answers that come with the training batches are not there for other examples
@@ -103,7 +104,7 @@ def make_term_gradients(ctx: Context) -> Callable[[State, Frozen, Batch], Metric
 
         def one(name: str | None):
             def objective(moving):
-                models = _models(ctx, dataclasses.replace(state, params=_join(moving, rest)), frozen, clock)
+                models = models_at(ctx, dataclasses.replace(state, params=_join(moving, rest)), frozen, clock)
                 loss, (means, *_) = _objective(ctx, update, models, batch, jax.random.fold_in(key, 1), None, only=name)
                 return loss, means
 
@@ -122,132 +123,22 @@ def make_term_gradients(ctx: Context) -> Callable[[State, Frozen, Batch], Metric
     return jax.jit(gradients)
 
 
-def make_prepare(ctx: Context) -> tuple[Callable[[State, Frozen, Batch, Array], Batch], bool] | None:
-    """The recipe's `Recipe.prepare` as ``prepare(state, frozen, batch, step) -> batch``, jitted, and whether it may run ahead.
-
-    It may where it reads nothing of the state that training changes: then batch n+1 is prepared while step n runs. None where the
-    recipe prepares nothing.
-    """
-    if not ctx.prepares:
-        return None
-    return jax.jit(_prepare(ctx)), not _reads_training(ctx)
-
-
-def prepared_shapes(ctx: Context) -> Batch:
-    """Shapes of the batch that the recipe prepares; nothing is computed."""
-    with explained(f"{type(ctx.recipe).__name__}.prepare"):
-        return jax.eval_shape(_prepare(ctx), *_prepare_shapes(ctx))
-
-
-def _prepare(ctx: Context) -> Callable[[State, Frozen, Batch, Array], Batch]:
-    def prepare(state: State, frozen: Frozen, batch: Batch, step: Array) -> Batch:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
-        models = _models(ctx, state, frozen, ctx.clock(step))
-        return ctx.recipe.prepare(models, _augmented(ctx, batch, key), jax.random.fold_in(key, len(ctx.updates) + 1))
-
-    return prepare
-
-
-def _prepare_shapes(ctx: Context) -> tuple[State, Frozen, Batch, Any]:
-    return state_shapes(ctx), frozen_shapes(ctx), ctx.raw_batch, jax.ShapeDtypeStruct((), jnp.int32)
-
-
-def step_key(state: State) -> Array:
-    """The key of the step that comes next."""
-    return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-
-
-def seen(ctx: Context, batch: Batch, key: Array) -> Batch:
-    """The global batch as the step with this key sees it: augmented, unless that happened where it was prepared."""
-    return sharding.constrain_batch(batch, ctx.mesh) if ctx.prepares else _augmented(ctx, batch, key)
-
-
-def _augmented(ctx: Context, batch: Batch, key: Array) -> Batch:
-    return sharding.constrain_batch(
-        augment(ctx.run, sharding.constrain_batch(batch, ctx.mesh), jax.random.fold_in(key, 0)), ctx.mesh
-    )
-
-
-def models_of(ctx: Context, state: State, frozen: Frozen, *, ema: bool = False) -> Models:
-    """The networks with the weights of a state; with ``ema``, averaged groups in place of the trained ones."""
-    if ema:
-        average = {group: tree["params"] for group, tree in state.ema.items()}
-        buffers = {group: tree["buffers"] for group, tree in state.ema.items() if group in state.buffers}
-        state = dataclasses.replace(state, params={**state.params, **average}, buffers={**state.buffers, **buffers})
-    return _models(ctx, state, frozen, ctx.clock(state.step))
-
-
-def _models(ctx: Context, state: State, frozen: Frozen, clock: Clock) -> Models:
-    params = {**frozen["params"], **state.params}
-    buffers = {**frozen["buffers"], **state.buffers}
-    if isinstance(ctx.run.teacher, StudentEma):
-        params["teacher"], buffers["teacher"] = state.ema["student"]["params"], state.ema["student"]["buffers"]
-
-    def virtual_update(group: str, current: Tree, gradients: Tree) -> Tree:
-        return _moved(ctx, group, current, trainable(ctx, group, gradients)[0], state.optimizer[group])[0]
-
-    return Models(ctx.networks, params, buffers, state.memory, clock, lambda *args: _call(ctx, *args), virtual_update)
-
-
-def _call(
-    ctx: Context, models: Models, network: str | Model, group: str, part: str, batch: Any, taps: Any, train: bool, key: Any
-) -> tuple[Outputs, Tree]:
-    """Runs a network: weights cast and gathered at use, the student rematerialised, a stopped teacher stopped."""
-    side = network if isinstance(network, str) else ""
-    model = network if isinstance(network, Model) else ctx.networks[network]
-    own = {"student": ctx.recipe.student_taps, "teacher": ctx.recipe.teacher_taps}
-    taps = own.get(side, ()) if taps is None and not part else taps or ()
-    params, buffers = models.params[group], models.buffers.get(group, {})
-    specs = _specs(ctx, group, params)
-    if part:
-        model = model.with_weights(params, buffers).submodule(part)
-        params, buffers, specs = model.params, model.buffers, subtree(specs, part)
-
-    def run(params: Tree, buffers: Tree, batch: Any) -> tuple[Outputs, Tree]:
-        params = sharding.at_use(params, specs, ctx.mesh, jnp.dtype(ctx.run.compute_dtype))
-        outputs, new = model.apply(params, buffers, to_compute(ctx.run, batch), taps=taps, train=train, key=key)
-        return outputs, jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), new, buffers)
-
-    if ctx.run.remat is not None and train:
-        run = jax.checkpoint(run, policy=ctx.run.remat)  # gathers again in the backward pass rather than keep whole weights
-    outputs, buffers = run(params, buffers, batch)
-    if group == "teacher" and ctx.recipe.teacher_gradient == "stop" and "teacher" not in ctx.groups:
-        outputs = jax.lax.stop_gradient(outputs)
-    return outputs, models.buffers.get(group, {}) if part else buffers
-
-
-def _gathered(ctx: Context, params: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Every group as a recipe's own arithmetic needs it; what it does not read is dead code."""
-    return {group: sharding.at_use(tree, _specs(ctx, group, tree), ctx.mesh) for group, tree in params.items()}
-
-
-def _specs(ctx: Context, group: str, params: Tree) -> Tree:
-    """Where a group's parameters are stored; of one that a recipe made up during the step, nothing is split."""
-    return ctx.specs[group] if group in ctx.specs else jax.tree.map(lambda _: P(), params)
-
-
 def _update(
     ctx: Context, update: Update, state: State, start: State, frozen: Frozen, batch: Batch, clock: Clock, key: Array
 ) -> tuple[State, dict[str, Metrics], Array]:
     """One update: gradients of its groups, the optimizers' steps, and what the recipe remembers."""
-    seen = dataclasses.replace(state, memory=start.memory)  # as it stood at the step's start
-    gradients, means, buffers, observed = _gradients(ctx, update, seen, frozen, batch, clock, key)
+    reads = dataclasses.replace(state, memory=start.memory)  # the memory as it stood at the step's start
+    gradients, means, buffers, observed = _gradients(ctx, update, reads, frozen, batch, clock, key)
     params, optimizer = dict(state.params), dict(state.optimizer)
     for group, gradient in gradients.items():
-        params[group], optimizer[group] = _moved(ctx, group, params[group], gradient, optimizer[group])
+        params[group], optimizer[group] = moved(ctx, group, params[group], gradient, optimizer[group])
     terms = {name: mean["term"] for name, mean in means.items()}
     with explained(f"{type(ctx.recipe).__name__}.remember"):
         key = jax.random.fold_in(key, 1)
         memory = update.remember(state.memory, observed, batch, terms=terms, clock=clock, key=key)  # type: ignore[misc]
     memory = _same_kind(ctx, jax.tree.map(jnp.asarray, memory), state.memory)
-    moved = dataclasses.replace(state, params=params, optimizer=optimizer, buffers=buffers, memory=memory)
-    return moved, means, optax.tree.norm(gradients)
-
-
-def _moved(ctx: Context, group: str, params: Tree, gradient: Tree, optimizer: Any) -> tuple[Tree, Any]:
-    moving, rest = trainable(ctx, group, params)
-    change, optimizer = ctx.optimizer(group).update(gradient, optimizer, moving)
-    return trees.merge(optax.apply_updates(moving, change), rest), optimizer
+    state = dataclasses.replace(state, params=params, optimizer=optimizer, buffers=buffers, memory=memory)
+    return state, means, optax.tree.norm(gradients)
 
 
 def _gradients(
@@ -259,7 +150,7 @@ def _gradients(
 
     def objective(moving: Tree, buffers: Tree, batch: Batch, key: Array, totals: Any):
         params = _join(moving, rest)
-        models = _models(ctx, dataclasses.replace(state, params=params, buffers=buffers), frozen, clock)
+        models = models_at(ctx, dataclasses.replace(state, params=params, buffers=buffers), frozen, clock)
         loss, (means, totals, left, observed) = _objective(ctx, update, models, batch, key, totals)
         return loss, (means, totals, {group: left[group] for group in buffers}, observed)
 
@@ -315,7 +206,7 @@ def _objective(
     key_forward, key_terms = jax.random.split(key)
     with explained(f"{type(ctx.recipe).__name__}.forward"):
         student, teacher, models = update.forward(models, batch, key_forward)  # type: ignore[misc]
-    vars = Vars(params=_gathered(ctx, models.params), memory=models.memory, buffers=dict(models.buffers))
+    vars = Vars(params=gathered(ctx, models.params), memory=models.memory, buffers=dict(models.buffers))
     with explained(f"{type(ctx.recipe).__name__}.terms"):
         terms = update.terms(vars, student, teacher, batch, clock=models.clock, key=key_terms)  # type: ignore[misc]
     sums = {name: _sums(name, term) for name, term in terms.items()}
@@ -361,7 +252,7 @@ def _check_observed(ctx: Context, observed: Tree, batch: Batch) -> None:
 def _same_kind(ctx: Context, memory: Tree, before: Tree) -> Tree:
     """The new memory, if it has the shapes, dtypes and structure of the old: a step that changed them would compile again."""
     new, old = (jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree) for tree in (memory, before))
-    if jax.tree.structure(new) != jax.tree.structure(old) or jax.tree.leaves(new) != jax.tree.leaves(old):
+    if new != old:
         raise InputError(f"{type(ctx.recipe).__name__}.remember changed the memory from {old} to {new}")
     return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), memory)  # a weak type would compile again too
 
@@ -419,14 +310,3 @@ def _cosine(first: Tree, second: Tree) -> Array:
     dot = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
     size = optax.tree.norm(first) * optax.tree.norm(second)
     return jnp.where(size > 0, dot / jnp.where(size > 0, size, 1), 0)
-
-
-def _reads_training(ctx: Context) -> bool:
-    """Whether `Recipe.prepare` reads parameters, averages, memory or anything else that a step changes (the key does not)."""
-    args = _prepare_shapes(ctx)
-    jaxpr = jax.make_jaxpr(_prepare(ctx))(*args).jaxpr
-    used = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
-    leaves = jax.tree_util.tree_flatten_with_path(args[0])[0]
-    return any(
-        id(var) in used and getattr(keys[0], "name", "") != "key" for (keys, _), var in zip(leaves, jaxpr.invars, strict=False)
-    )

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jkd.config import Ensemble
 from jkd.context import Context, build
 from jkd.errors import InputError
+from jkd.networks import models_of
 from jkd.state import Frozen, State
-from jkd.step import models_of
 from jkd.types import Batch, Model
 
 

@@ -17,7 +17,8 @@ from jkd.recipe import Recipe, Update, Vars
 from jkd.recipes import KD, Combine, Supervised
 from jkd.recipes.logits import task
 from jkd.schedules import Linear
-from jkd.step import make_eval_step, make_prepare, make_term_gradients
+from jkd.prepare import make_prepare
+from jkd.step import make_eval_step, make_term_gradients
 from jkd.types import Model, Outputs, Term
 
 RATE = 0.5

@@ -17,7 +17,8 @@ from jkd.recipe import Recipe
 from jkd.recipes import DKD, KD, FitNet, FunMatch, Supervised
 from jkd.recipes.projectors import Linear
 from jkd.state import init_state
-from jkd.step import make_eval_step, make_step, models_of
+from jkd.networks import models_of
+from jkd.step import make_eval_step, make_step
 from jkd.types import Term
 
 
