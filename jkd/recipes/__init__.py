@@ -1,9 +1,31 @@
 """Published methods as recipes: one frozen dataclass each, its fields the method's hyperparameters."""
 
 from jkd.recipe import Combine as Combine
+from jkd.recipes.attention import AB as AB
+from jkd.recipes.attention import AT as AT
+from jkd.recipes.attention import FSP as FSP
+from jkd.recipes.attention import FT as FT
+from jkd.recipes.attention import NST as NST
+from jkd.recipes.attention import OFD as OFD
+from jkd.recipes.contrastive import CRD as CRD
+from jkd.recipes.features import VID as VID
 from jkd.recipes.features import FitNet as FitNet
 from jkd.recipes.features import Match as Match
+from jkd.recipes.heads import SRRL as SRRL
+from jkd.recipes.heads import DeiT as DeiT
+from jkd.recipes.heads import SimKD as SimKD
+from jkd.recipes.logits import DIST as DIST
 from jkd.recipes.logits import DKD as DKD
 from jkd.recipes.logits import KD as KD
+from jkd.recipes.logits import NKD as NKD
+from jkd.recipes.logits import WSLD as WSLD
 from jkd.recipes.logits import FunMatch as FunMatch
 from jkd.recipes.logits import Supervised as Supervised
+from jkd.recipes.relations import CC as CC
+from jkd.recipes.relations import PKT as PKT
+from jkd.recipes.relations import RKD as RKD
+from jkd.recipes.relations import SP as SP
+from jkd.recipes.review import ReviewKD as ReviewKD
+from jkd.recipes.stages import two_stages as two_stages
+from jkd.recipes.standardized import Standardized as Standardized
+from jkd.recipes.standardized import StandardizedKD as StandardizedKD

@@ -116,6 +116,100 @@ class DKD(Recipe):
         return with_task(self.task_weight, student, batch) | {"dkd": Term(decoupled, label_weight(batch), warm)}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NKD(Recipe):
+    """Normalised KD: ``CE + weight * (- p_y log q_y - gamma T² sum over other classes of p^ log q^)``, eq. 6 of the paper.
+
+    p^ and q^ are renormalised without the label, so that the teacher's certainty does not scale them. It needs the label, so both
+    terms are of the labelled examples.
+
+    Args:
+        gamma: weight of the other classes; 3.5 on CIFAR-100 (T = 3), 1.5 on ImageNet (T = 1).
+        temperature: T, of the other classes alone.
+        weight: of the whole term; number or schedule.
+        task_weight: of the labels' term; 0 leaves it out.
+    """
+
+    gamma: float = 3.5
+    temperature: float = 3.0
+    weight: float | Schedule = 1.0
+    task_weight: float = 1.0
+
+    citation: ClassVar[str] = (
+        "Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023, arXiv:2303.13005"
+    )
+    family: ClassVar[str] = "logits"
+    evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "golden"
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        hyper = dict(gamma=self.gamma, temperature=self.temperature)
+        values = losses.nkd(student.logits, teacher.logits, hard_labels(batch), **hyper)
+        nkd = Term(values, label_weight(batch), schedules.at(self.weight, clock))
+        return with_task(self.task_weight, student, batch) | {"nkd": nkd}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WSLD(Recipe):
+    """Weighted soft labels: ``CE + weight * w T² CE(teacher_T, student_T)``, ``w = 1 - exp(- CE_s / CE_t)``, eq. 12 of the paper.
+
+    Less distillation of the examples that the student already knows better than the teacher. It needs the label, so both terms are
+    of the labelled examples.
+
+    Args:
+        temperature: T; 4 on CIFAR-100, 2 on ImageNet.
+        weight: of the teacher's term; 2.25 on CIFAR-100, 2.5 on ImageNet. Number or schedule.
+        task_weight: of the labels' term; 0 leaves it out.
+    """
+
+    temperature: float = 4.0
+    weight: float | Schedule = 2.25
+    task_weight: float = 1.0
+
+    citation: ClassVar[str] = "Zhou et al., Rethinking Soft Labels for Knowledge Distillation, ICLR 2021, arXiv:2102.00650"
+    family: ClassVar[str] = "logits"
+    evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "golden"
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        values = losses.wsld(student.logits, teacher.logits, hard_labels(batch), temperature=self.temperature)
+        wsld = Term(values, label_weight(batch), schedules.at(self.weight, clock))
+        return with_task(self.task_weight, student, batch) | {"wsld": wsld}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DIST(Recipe):
+    """Correlations of a stronger teacher: ``CE + weight * T² (beta * (1 - r of rows) + gamma * (1 - r of columns))``, eq. 8-10.
+
+    Pearson's r between the two probability matrices, over the classes of each example and over the examples of each class.
+
+    Args:
+        temperature: T; 4 on CIFAR-100, 1 on ImageNet.
+        beta: weight of the rows.
+        gamma: weight of the columns, which compare examples.
+        weight: of both; number or schedule.
+        task_weight: of the labels' term; 0 leaves it out.
+    """
+
+    temperature: float = 4.0
+    beta: float = 1.0
+    gamma: float = 1.0
+    weight: float | Schedule = 2.0
+    task_weight: float = 1.0
+
+    citation: ClassVar[str] = "Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv:2205.10536"
+    family: ClassVar[str] = "logits"
+    evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "golden"
+
+    @property
+    def couples_batch(self):
+        return self.gamma != 0
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        hyper = dict(beta=self.beta, gamma=self.gamma, temperature=self.temperature)
+        values = losses.dist(student.logits, teacher.logits, where=batch["weight"] > 0, **hyper)
+        dist = Term(values, batch["weight"], schedules.at(self.weight, clock))
+        return with_task(self.task_weight, student, batch) | {"dist": dist}
+
+
 def task(student, batch, *, coef: float = 1.0, label_smoothing: float = 0.0) -> Term:
     """The labels' term: cross-entropy of the labelled examples."""
     return Term(

@@ -1,0 +1,138 @@
+"""Networks with feature maps, of a few thousand parameters, and what a recipe's terms are on them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from jkd.context import Context, make_context
+from jkd.recipe import Recipe, Vars
+from jkd.state import frozen_shapes, init_state, state_shapes
+from jkd.step import models_of
+from jkd.types import Model, Outputs
+
+TAPS = ("early", "late")
+PRE = ("early:pre", "late:pre")
+LEVELS = (*TAPS, "pool")
+ROWS = tiny.ROWS
+
+
+def _norm_init(width):
+    return {"scale": jnp.ones(width), "bias": jnp.full(width, 0.1)}
+
+
+def _layer(params, x):
+    x = x @ params["kernel"]
+    centred = x - x.mean(-1, keepdims=True)
+    x = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+    one = (1,) * (x.ndim - 1) + (-1,)
+    return x * params["scale"].reshape(one) + params["bias"].reshape(one)
+
+
+def network(*, width=6, classes=tiny.CLASSES, token=False, name="small") -> Model:
+    """Image 4x4 -> ``early`` ``[batch, 4, 4, width]`` -> ``late`` ``[batch, 2, 2, 2 width]`` -> ``pool`` -> ``head``.
+
+    LayerNorm and relu in both layers, ``:pre`` before the relu. The head is a part; ``token`` adds a second head.
+    """
+
+    def init(key):
+        first, second, third, fourth = jax.random.split(key, 4)
+        params = {
+            "early": {"kernel": jax.random.normal(first, (2, width)), **_norm_init(width)},
+            "late": {"kernel": jax.random.normal(second, (4 * width, 2 * width)) / 4, **_norm_init(2 * width)},
+            "head": tiny.dense_init(third, 2 * width, classes),
+        }
+        return params | ({"token": tiny.dense_init(fourth, 2 * width, classes)} if token else {}), {}
+
+    def apply(params, buffers, batch, *, taps=(), train=False, key=None):
+        found, image = {}, batch["image"].astype(params["head"]["kernel"].dtype)
+        found["early:pre"] = _layer(params["early"], image)
+        found["early"] = jax.nn.relu(found["early:pre"])
+        rows = image.shape[0]
+        corners = found["early"].reshape(rows, 2, 2, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5).reshape(rows, 2, 2, -1)
+        found["late:pre"] = _layer(params["late"], corners)
+        found["late"] = jax.nn.relu(found["late:pre"])
+        found["pool"] = found["late"].mean((1, 2))
+        heads = {"distillation": tiny.dense(params["token"], found["pool"])} if token else {}
+        if unknown := set(taps) - set(found):
+            raise ValueError(f"tap {min(unknown)!r}: there are {sorted(found)}")
+        answer = tiny.dense(params["head"], found["pool"])
+        return Outputs(answer, heads=heads, taps={path: found[path] for path in taps}), buffers
+
+    def submodule(path):
+        def part(params, buffers, batch, *, taps=(), train=False, key=None):
+            return Outputs(tiny.dense(params, batch)), buffers
+
+        shapes = jax.eval_shape(init, jax.random.key(0))[0][path]
+        return Model(init=lambda key: (init(key)[0][path], {}), apply=part, params=shapes, buffers={}, name=f"{name}/{path}")
+
+    params, buffers = jax.eval_shape(init, jax.random.key(0))
+    return Model(init=init, apply=apply, params=params, buffers=buffers, submodule=submodule, name=name)
+
+
+@functools.cache
+def student(**options) -> Model:
+    return tiny.weights(network(name="student", **options), seed=3)
+
+
+@functools.cache
+def teacher(**options) -> Model:
+    return tiny.weights(network(**{"width": 8, "name": "teacher"} | options))
+
+
+def echo(side: str) -> Model:
+    """A network that answers what the batch says: its logits are ``{side}_logits``, its taps the batch's entries of that name."""
+
+    def apply(params, buffers, batch, *, taps=(), train=False, key=None):
+        if f"{side}_logits" in batch:
+            logits = batch[f"{side}_logits"]
+        else:
+            logits = jnp.zeros((batch["weight"].shape[0], 2))
+        return Outputs(logits * params["scale"], taps={path: batch[path] * params["scale"] for path in taps}), buffers
+
+    params = {"scale": np.float32(1)}
+    return Model(init=lambda key: (params, {}), apply=apply, params=params, buffers={}, name=f"{side} echo")
+
+
+class Terms:
+    """What a recipe's terms are on a batch, through a context; nothing is differentiated or updated."""
+
+    def __init__(self, recipe: Recipe, rows: dict, *, train_size: int | None = None, **fields):
+        run = tiny.run(recipe=recipe, batch_size=len(rows["weight"]), **fields)
+        self.ctx: Context = make_context(run, rows, train_size=train_size, devices=jax.devices()[:1])
+        self.state, self.frozen = init_state(self.ctx, jax.random.key(0))
+        terms = jax.jit(functools.partial(evaluate, self.ctx))(self.state, self.frozen, rows)
+        self.terms = jax.device_get(terms)
+
+    def mean(self, name: str) -> float:
+        values, weight, _ = self.terms[name]
+        values = values.reshape(*weight.shape, -1).mean(-1)
+        return float((values * weight).sum() / weight.sum())
+
+
+def coefs(recipe: Recipe, rows: dict, **fields) -> dict[str, float]:
+    """The terms' weights at the first step."""
+    run = tiny.run(recipe=recipe, batch_size=len(rows["weight"]), **fields)
+    ctx = make_context(run, rows, train_size=len(rows["weight"]), devices=jax.devices()[:1])
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), (state_shapes(ctx), frozen_shapes(ctx)))
+    found = jax.jit(lambda *zeros: {name: coef for name, (_, _, coef) in evaluate(ctx, *zeros, rows).items()})(*zeros)
+    return {name: float(coef) for name, coef in found.items()}
+
+
+def evaluate(ctx, state, frozen, rows):
+    models = models_of(ctx, state, frozen)
+    first, second = jax.random.split(jax.random.key(1))
+    student, teacher, models = ctx.recipe.forward(models, rows, first)
+    vars = Vars(params=dict(models.params), memory=models.memory, buffers=dict(models.buffers))
+    terms = ctx.recipe.terms(vars, student, teacher, rows, clock=models.clock, key=second)
+    return {name: (term.values, term.weight, term.coef) for name, term in terms.items()}
+
+
+def taps(model: Model, rows: dict, *paths: str, params=None) -> list[np.ndarray]:
+    """What a network computes, NumPy."""
+    outputs, _ = model.apply(model.params if params is None else params, model.buffers, rows, taps=paths)
+    return [np.asarray(outputs.taps[path], np.float64) for path in paths]
