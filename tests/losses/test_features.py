@@ -45,6 +45,20 @@ def test_angles_take_memory_of_pairs_not_triples():
     assert large < 20 * small  # 4² = 16; triples would give 4³ = 64
 
 
+@pytest.mark.parametrize("name", ["rkd_angle", "rkd_distance", "similarity_preserving", "linear_cka_distance"])
+def test_eight_devices_share_the_work(name):
+    """Each computes its own anchors (an eighth of the operations), and not every device all of them."""
+
+    def operations(*inputs):
+        program = jax.jit(jax.value_and_grad(lambda s, t: jnp.mean(getattr(losses, name)(s, t))))
+        return program.lower(*inputs).compile().cost_analysis()["flops"]
+
+    inputs = (normal(64, 32), normal(64, 32, seed=1))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.device_put(inputs, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    assert operations(*split) < 0.2 * operations(*inputs)
+
+
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
