@@ -196,8 +196,8 @@ def value_relation_kl(
 
     Example:
         >>> values = jnp.arange(6.0).reshape(1, 3, 2)
-        >>> value_relation_kl(values, values[..., ::-1]).item()  # a rotation of a head's values keeps its relations
-        0.0
+        >>> bool(abs(value_relation_kl(values, values[..., ::-1])) < 1e-5)  # a rotation of a head's values keeps its relations
+        True
     """
     values = {"student_values": student_values, "teacher_values": teacher_values}
     check_rank(3, "[..., heads, tokens, dim]", **values)
@@ -241,8 +241,8 @@ def self_relation_kl(
 
     Example:
         >>> vectors = jnp.arange(12.0).reshape(3, 4)
-        >>> self_relation_kl(vectors, vectors, heads=2).item()
-        0.0
+        >>> bool(abs(self_relation_kl(vectors, vectors, heads=2)) < 1e-5)
+        True
     """
     vectors = {"student_vectors": student_vectors, "teacher_vectors": teacher_vectors}
     check_rank(2, "[..., tokens, dim]", **vectors)
