@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from jkd.config import Run as Run
     from jkd.config import StudentEma as StudentEma
     from jkd.context import Context as Context
-    from jkd.context import make_context as make_context
     from jkd.errors import InputError as InputError
     from jkd.loop import Failed as Failed
     from jkd.loop import Listener as Listener
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from jkd.recipe import Update as Update
     from jkd.recipe import Vars as Vars
     from jkd.recipe import label_weight as label_weight
+    from jkd.resolve import make_context as make_context
     from jkd.schedules import Clock as Clock
     from jkd.sharding import MeshShape as MeshShape
     from jkd.sharding import put_batch as put_batch
@@ -52,9 +52,10 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "config": ("Ema", "Ensemble", "Experiment", "Run", "StudentEma"),
-    "context": ("Context", "make_context"),
+    "context": ("Context",),
     "errors": ("InputError",),
     "recipe": ("Bank", "Models", "Recipe", "Update", "Vars", "label_weight"),
+    "resolve": ("make_context",),
     "schedules": ("Clock",),
     "sharding": ("MeshShape", "put_batch"),
     "state": ("State", "init_state"),

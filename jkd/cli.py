@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jkd import __version__
-from jkd.errors import InputError
-
-FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+from jkd.errors import BAD_INPUT, FAILED, FINISHED, STOPPED, InputError
 
 _OVERVIEW = """
 examples:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jkd import configfile
-from jkd.errors import InputError, MissingExtra
+from jkd.errors import STOPPED, InputError, MissingExtra
 
 if TYPE_CHECKING:
     from etils import epath
@@ -64,7 +64,6 @@ def _train(
     import jax
 
     from jkd import console, devices
-    from jkd.cli import STOPPED
     from jkd.loop import Failed, Listener, Stopped
     from jkd.loop import train as train_experiment
     from jkd.workdir import claim

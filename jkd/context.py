@@ -1,11 +1,10 @@
-"""A run, resolved: networks built, shapes known, every mistake that shapes can show already told. Nothing is computed or placed."""
+"""A run, resolved: its networks, and every shape. Nothing is computed or placed. `jkd.resolve` makes it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,8 @@ import optax
 from jax.sharding import Mesh
 
 from jkd import sharding, trees
-from jkd.config import Ensemble, Run, StudentEma
-from jkd.errors import InputError, nearest
+from jkd.config import Run, StudentEma
+from jkd.errors import InputError
 from jkd.optim import Optimizer
 from jkd.recipe import Recipe, Update, Vars
 from jkd.schedules import Clock
@@ -95,7 +94,7 @@ class Context:
     def vars(self) -> Vars:
         """Shapes of what `Recipe.init` makes."""
         with explained(f"{type(self.recipe).__name__}.init"):
-            return jax.eval_shape(lambda key: self.recipe.init(key, self), _key())
+            return jax.eval_shape(lambda key: self.recipe.init(key, self), key_shape())
 
     @functools.cached_property
     def updates(self) -> tuple[Update, ...]:
@@ -155,106 +154,6 @@ class Context:
         raise InputError(f"Run.optimizer names no optimizer for the group {group!r} and no '*' for the others")
 
 
-def make_context(
-    run: Run, batch: Batch | None = None, *, train_size: int | None = None, devices: list[Any] | None = None
-) -> Context:
-    """Resolves a run.
-
-    Args:
-        run: its ``teacher`` is a Model, a config, `StudentEma`, an `Ensemble` of these, or None: names are resolved by now.
-        batch: one global batch, or its shapes; None to ask ``run.data``.
-        train_size: examples to train on; None to ask ``run.data``.
-        devices: for the mesh; all by default.
-
-    Raises:
-        InputError: a tap that does not exist, shapes that do not fit, another number of classes, a batch that does not divide
-            by mesh and microbatches, microbatches of what couples examples.
-    """
-    mesh = run.mesh.build(devices)
-    if batch is None:
-        if run.data is None:
-            raise InputError("Run.data = None: give data, or a batch to make the context from")
-        batch = run.data.spec(run.batch_size)
-        train_size = run.data.train_size
-    raw_batch = jax.eval_shape(lambda batch: batch, batch)
-    _check_batch(run, raw_batch, mesh)
-    with explained("Run.augment"):
-        augmented = jax.eval_shape(lambda batch, key: augment(run, batch, key), raw_batch, _key())
-    ctx = _resolve(run, mesh, raw_batch, augmented, train_size)
-    if ctx.prepares:
-        from jkd.prepare import prepared_shapes
-
-        ctx = _resolve(run, mesh, raw_batch, prepared_shapes(ctx), train_size)
-        _check_batch(run, ctx.batch, mesh)
-    _check_groups(ctx)
-    return ctx
-
-
-def _key() -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(lambda: jax.random.key(0))
-
-
-def _resolve(run: Run, mesh: Mesh, raw_batch: Batch, batch: Batch, train_size: int | None) -> Context:
-    recipe = run.recipe
-    networks = {"student": build(run.student)}
-    if run.teacher is not None:
-        networks["teacher"] = networks["student"] if isinstance(run.teacher, StudentEma) else build_teacher(run.teacher)
-    elif recipe.needs_teacher:
-        raise InputError(f"Run.teacher = None: {type(recipe).__name__} needs a teacher")
-    params, buffers = {}, {}
-    for side, network in networks.items():
-        shapes = (network.params, network.buffers)
-        params[side], buffers[side] = jax.eval_shape(lambda tree: tree, shapes)
-
-    def outputs(side: str, taps: tuple[str, ...]) -> Outputs:
-        network = networks[side]
-        if side == "teacher" and "teacher" in batch:
-            return batch["teacher"]
-
-        def run_it(params, buffers, batch, key):
-            cast = to_compute(run, params), buffers, to_compute(run, batch)
-            return network.apply(*cast, taps=taps, train=side == "student", key=key)[0]
-
-        with explained(f"{side} {network.name} on a batch {_shapes(batch)}"):
-            return jax.eval_shape(run_it, params[side], buffers[side], batch, _key())
-
-    student = outputs("student", recipe.student_taps)
-    teacher = outputs("teacher", recipe.teacher_taps) if "teacher" in networks else None
-    classes = student.logits_shape[-1] if student.has_logits else None
-    data_classes = getattr(run.data, "classes", None)
-    if classes is not None and data_classes is not None and classes < data_classes:
-        raise InputError(f"student {networks['student'].name} has {classes} classes, the data {data_classes}")
-    theirs = teacher.logits_shape[-1] if teacher is not None and teacher.has_logits else None
-    if recipe.same_classes and None not in (classes, theirs) and classes != theirs:
-        raise InputError(
-            f"the teacher has {theirs} classes, the student {classes}: {type(recipe).__name__} compares them class by class; "
-            "give both the same classes"
-        )
-    if run.microbatches > 1 and run.microbatch_statistics == "global":
-        for who, couples in (
-            (networks["student"].name, networks["student"].couples_batch),
-            (type(recipe).__name__, recipe.couples_batch),
-        ):
-            if couples:
-                raise InputError(
-                    f"Run.microbatches = {run.microbatches}: {who} couples the examples of a batch (batch statistics, relations), so "
-                    "microbatches would change the result; use microbatches=1, or microbatch_statistics='local' to accept that"
-                )
-    return Context(
-        run=run,
-        networks=networks,
-        mesh=mesh,
-        batch=batch,
-        raw_batch=raw_batch,
-        student_outputs=student,
-        teacher_outputs=teacher,
-        classes=classes,
-        train_size=train_size,
-        params=params,
-        buffers=buffers,
-    )
-
-
 class explained:
     """Turns an error of a user's own code, raised while shapes are traced, into one line that says where."""
 
@@ -271,24 +170,9 @@ class explained:
             raise InputError(f"{self.where}: {lines[0] if lines else type(error).__name__}") from error
 
 
-def build(model: Any) -> Model:
-    """A Model from a Model or a model config."""
-    if isinstance(model, Model):
-        return model
-    if hasattr(model, "build"):
-        return model.build()
-    raise InputError(f"{model!r} is neither a Model nor a model config with build()")
-
-
-def build_teacher(teacher: Any) -> Model:
-    """A Model from what `Run.teacher` may hold, names apart."""
-    if isinstance(teacher, Ensemble):
-        from jkd import models
-
-        return models.ensemble([build(member) for member in teacher.members], mean=teacher.mean)
-    if isinstance(teacher, str):
-        raise InputError(f"Run.teacher = {teacher!r}: a name is known inside an Experiment only; give a Model")
-    return build(teacher)
+def key_shape() -> jax.ShapeDtypeStruct:
+    """The shape of a random key, for tracing."""
+    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def augment(run: Run, batch: Batch, key: Array) -> Batch:
@@ -317,44 +201,3 @@ def to_compute(run: Run, tree: Tree) -> Tree:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree_util.tree_map_with_path(cast, tree)
-
-
-def _shapes(batch: Batch) -> str:
-    return ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in batch.items() if hasattr(leaf, "shape"))
-
-
-def _check_batch(run: Run, batch: Batch, mesh: Mesh) -> None:
-    if "weight" not in batch:
-        raise InputError("a batch needs 'weight' [batch] (1 for every real example, 0 for padding)")
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    for path, leaf in trees.flatten({k: v for k, v in batch.items() if k != "teacher"}).items():
-        rows = leaf.shape[0] if leaf.shape else 0
-        if rows == 0 or rows % (shards * run.microbatches):
-            raise InputError(
-                f"batch[{path!r}] has {rows} rows, which do not divide by {shards} devices (data x fsdp) x {run.microbatches} "
-                "microbatches; change batch_size, mesh or microbatches"
-            )
-
-
-def _check_groups(ctx: Context) -> None:
-    """Every group has an optimizer, and every name and pattern in the run is one of a group or parameter that exists."""
-    run, groups = ctx.run, ctx.groups
-    for name, tree in {**ctx.params, **ctx.vars.params}.items():
-        odd = [leaf for leaf in trees.flatten(tree).values() if not isinstance(leaf, jax.ShapeDtypeStruct)]
-        if odd or not isinstance(tree, Mapping):
-            found = type(odd[0]).__name__ if odd else "one array"
-            raise InputError(f"parameters of {name!r} are nested dicts of arrays; this is {found}")
-    for group in groups:
-        ctx.optimizer_config(group)
-    if isinstance(run.optimizer, Mapping):
-        known = {"*", *groups, *(group.rpartition(":")[2] for group in groups)}
-        for name in run.optimizer:
-            if name not in known:
-                raise InputError(f"Run.optimizer: no parameter group {name!r}{nearest(name, known)}")
-    for name in run.ema.groups if run.ema is not None else ():
-        if name not in groups:
-            raise InputError(f"Ema.groups: no parameter group {name!r}{nearest(name, groups)}")
-    paths = trees.flatten(ctx.params["student"])
-    for pattern in run.trainable:
-        if not any(trees.matches(path, (pattern.removeprefix("!"),)) for path in paths):
-            raise InputError(f"Run.trainable: {pattern!r} matches no parameter of the student{nearest(pattern, paths)}")

@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from jkd import codehash, fingerprint, sharding, state, step, trees
 from jkd.config import Ensemble, Experiment, Run, StudentEma, every
-from jkd.context import Context, build, make_context
+from jkd.context import Context
 from jkd.recipe import Vars
+from jkd.resolve import build, make_context
 from jkd.types import Model, Term, Tree
 
 MIB = 2**20

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+"""Exit codes of the command line; 75 (stopped, the same command resumes) is sysexits.h's EX_TEMPFAIL."""
+
 
 class InputError(ValueError):
     """A value that the user gave and can mend. The CLI prints its message as one line and exits with 2."""

@@ -18,12 +18,13 @@ from etils import epath
 from jkd import fingerprint, metrics, provenance, sharding, teachers, trees
 from jkd.checkpoint import Checkpoints
 from jkd.config import Ensemble, Experiment, Run, dependencies, every
-from jkd.context import Context, make_context
+from jkd.context import Context
 from jkd.errors import InputError
 from jkd.evaluate import make_evaluate
 from jkd.feed import Feed
 from jkd.interrupts import Interrupts
 from jkd.networks import models_of
+from jkd.resolve import make_context
 from jkd.state import Frozen, State, freeze, init_state, state_shapes, state_shardings
 from jkd.step import make_step, make_term_gradients
 from jkd.types import Batch, Model

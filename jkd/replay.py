@@ -13,10 +13,10 @@ from etils import epath
 from jkd import configfile, fingerprint, teachers, trees
 from jkd.checkpoint import Checkpoints
 from jkd.config import Ensemble, Experiment, Run, dependencies
-from jkd.context import make_context
 from jkd.errors import InputError
 from jkd.evaluate import make_evaluate
 from jkd.networks import models_of
+from jkd.resolve import make_context
 from jkd.state import freeze, state_shapes, state_shardings
 
 

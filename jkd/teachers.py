@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jkd.config import Ensemble
-from jkd.context import Context, build
+from jkd.context import Context
 from jkd.errors import InputError
 from jkd.networks import models_of
+from jkd.resolve import build
 from jkd.state import Frozen, State
 from jkd.types import Batch, Model
 

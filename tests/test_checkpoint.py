@@ -25,9 +25,9 @@ from jax.sharding import PartitionSpec as P
 from jkd import manifest, optim, sharding
 from jkd.checkpoint import Checkpoints
 from jkd.config import Ema
-from jkd.context import make_context
 from jkd.errors import InputError
 from jkd.recipe import Bank
+from jkd.resolve import make_context
 from jkd.sharding import MeshShape
 from jkd.state import State, init_state
 from jkd.step import make_step

@@ -7,7 +7,7 @@ import pytest
 
 from jkd import configfile
 from jkd.config import Run
-from jkd.context import make_context
+from jkd.resolve import make_context
 from jkd.state import frozen_shapes, state_shapes
 from jkd.step import make_step
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from jkd import commands, console, devices
-from jkd.context import make_context
+from jkd.resolve import make_context
 
 
 class Terminal(io.StringIO):

@@ -13,11 +13,11 @@ import tiny
 
 from jkd import models, optim
 from jkd.config import Ema, Ensemble, StudentEma
-from jkd.context import make_context
 from jkd.errors import InputError
 from jkd.recipe import Bank, Recipe, Update, Vars
 from jkd.recipes import KD, FitNet, Supervised
 from jkd.recipes.projectors import Linear
+from jkd.resolve import make_context
 from jkd.sharding import MeshShape
 from jkd.state import init_state
 from jkd.step import make_step

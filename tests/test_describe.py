@@ -11,11 +11,11 @@ import tiny
 
 from jkd import configfile, data, models, optim, recipes, schedules, trees
 from jkd.config import Ema, Ensemble, Experiment, Run, StudentEma
-from jkd.context import make_context
 from jkd.describe import describe, memory, terms
 from jkd.errors import InputError
 from jkd.recipe import Recipe, Update, Vars
 from jkd.recipes.projectors import Linear
+from jkd.resolve import make_context
 from jkd.schedules import Clock
 from jkd.sharding import MeshShape
 from jkd.state import init_state

@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from jkd import optim
 from jkd.config import Ema
-from jkd.context import make_context
 from jkd.data import augment
 from jkd.errors import InputError
 from jkd.recipes import KD, Combine, FitNet, Supervised
 from jkd.recipes.projectors import Linear, Regressor
+from jkd.resolve import make_context
 from jkd.sharding import MeshShape
 
 GRADIENT, PARAMETERS, ADAM_LOSS = 1e-5, 1e-5, 2e-4

@@ -13,11 +13,11 @@ import tiny
 
 from jkd import losses, optim, schedules
 from jkd.errors import InputError
+from jkd.prepare import make_prepare
 from jkd.recipe import Recipe, Update, Vars
 from jkd.recipes import KD, Combine, Supervised
 from jkd.recipes.logits import task
 from jkd.schedules import Linear
-from jkd.prepare import make_prepare
 from jkd.step import make_eval_step, make_term_gradients
 from jkd.types import Model, Outputs, Term
 

@@ -70,12 +70,21 @@ def test_the_files_of_a_run(tmp_path, teacher):
     assert {"train/term/kd", "train/coef/kd", "train/share/kd", "train/term/task", "train/learning_rate"} <= trained[0].keys()
     assert trained[0]["train/share/kd"] + trained[0]["train/share/task"] == pytest.approx(1, abs=1e-5)
     assert [line["step"] for line in evaluated] == [6, 12]
-    wanted = {"eval/agreement", "eval/kl", "eval/teacher_accuracy", "eval/teacher_nll", "gradient/norm/kd", "gradient/cosine/kd"}
+    wanted = {
+        "eval/agreement",
+        "eval/kl",
+        "eval/teacher_accuracy",
+        "eval/teacher_nll",
+        "gradient/norm/kd",
+        "gradient/cosine/kd",
+    }
     assert wanted <= evaluated[0].keys()
     assert list((tmp_path / "student").glob("events.out.tfevents.*"))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary == {"student": result.summary["student"]}
-    assert {"parameters", "accuracy", "nll", "ece", "agreement", "examples_per_s", "steps", "params_sha256"} <= summary["student"].keys()
+    assert {"parameters", "accuracy", "nll", "ece", "agreement", "examples_per_s", "steps", "params_sha256"} <= summary[
+        "student"
+    ].keys()
     assert json.loads((tmp_path / "config.json").read_text())
 
 
@@ -239,7 +248,12 @@ def test_sampling_weights_are_read_at_fixed_steps_only():
 def start(workdir, **kwargs):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.Popen(
-        [sys.executable, PROGRAM, workdir], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **kwargs
+        [sys.executable, PROGRAM, workdir],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        **kwargs,
     )
 
 

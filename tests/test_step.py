@@ -13,11 +13,11 @@ import tiny
 
 from jkd import losses, optim, sharding, trees
 from jkd.config import Ema, StudentEma
+from jkd.networks import models_of
 from jkd.recipe import Recipe
 from jkd.recipes import DKD, KD, FitNet, FunMatch, Supervised
 from jkd.recipes.projectors import Linear
 from jkd.state import init_state
-from jkd.networks import models_of
 from jkd.step import make_eval_step, make_step
 from jkd.types import Term
 
@@ -177,7 +177,8 @@ def test_evaluation_of_the_average_uses_its_weights_and_buffers():
 
 @pytest.mark.parametrize(("devices", "fields"), [(1, {}), (8, {"mesh": tiny.FSDP})])
 def test_the_students_average_as_its_teacher(devices, fields):
-    run = tiny.run(teacher=StudentEma(), ema=Ema(decay=0.9), recipe=KD(temperature=1.0), **fields)
+    optimizer = optim.sgd(2.0)  # far enough for the two to differ by more than rounding
+    run = tiny.run(teacher=StudentEma(), ema=Ema(decay=0.9), recipe=KD(temperature=1.0), optimizer=optimizer, **fields)
     made = tiny.Engine(run, devices=devices)
     assert made.frozen == {"params": {}, "buffers": {}}
     rows, student = tiny.batches(2), made.ctx.student
@@ -188,7 +189,7 @@ def test_the_students_average_as_its_teacher(devices, fields):
         for tree in (found.first.params["student"], found.first.ema["student"]["params"])
     )
     np.testing.assert_allclose(found.metrics[1]["term/kd"], losses.forward_kl(own, average).mean(), rtol=1e-3)
-    assert found.metrics[1]["term/kd"] > 1e-6
+    assert found.metrics[1]["term/kd"] > 1e-3
 
 
 # --- metrics -----------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import numpy as np
 
 from jkd import optim, schedules, sharding, trees
 from jkd.config import Run
-from jkd.context import make_context
 from jkd.recipe import Recipe
 from jkd.recipes import KD
+from jkd.resolve import make_context
 from jkd.state import State, init_state, state_shardings
 from jkd.step import make_step
 from jkd.types import Model, Outputs, Term

@@ -19,8 +19,8 @@ def main(process: int, count: int, address: str, out: str) -> None:
 
     from jkd import optim, sharding, trees
     from jkd.config import Ema
-    from jkd.context import make_context
     from jkd.data import augment
+    from jkd.resolve import make_context
     from jkd.state import init_state
     from jkd.step import make_step
 

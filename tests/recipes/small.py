@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from jkd.context import Context, make_context
+from jkd.context import Context
 from jkd.recipe import Recipe, Vars
+from jkd.resolve import make_context
 from jkd.state import frozen_shapes, init_state, state_shapes
 from jkd.step import models_of
 from jkd.types import Model, Outputs
