@@ -1,0 +1,77 @@
+"""One row for every public recipe: how to make it on small networks. The invariants in `test_invariants` read this table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import small
+
+from jkd import recipes
+from jkd.recipe import Recipe
+from jkd.recipes.projectors import Linear, Pointwise, Regressor
+
+PAIRS = dict(student_taps=small.TAPS, teacher_taps=small.TAPS)
+PRES = dict(student_taps=small.PRE, teacher_taps=small.PRE)
+LEVELS = dict(student_taps=small.LEVELS, teacher_taps=small.LEVELS)
+LATE = dict(student_taps=("late",), teacher_taps=("late",))
+POOL = dict(student_taps=("pool",), teacher_taps=("pool",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One recipe.
+
+    Args:
+        make: keyword arguments -> the recipe, small.
+        independent: arguments that uncouple the examples (no BatchNorm in a projector), where there are such; else None.
+        student, teacher: options of the small networks.
+        rate: learning rate at which 50 steps of Adam lower its loss.
+    """
+
+    make: Callable[..., Recipe]
+    independent: dict[str, Any] | None = None
+    student: dict[str, Any] = dataclasses.field(default_factory=dict)
+    teacher: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rate: float = 3e-3
+
+
+def row(kind: Callable[..., Recipe], independent: dict[str, Any] | None = None, /, *, nets: Any = None, **given: Any) -> Row:
+    def make(**changes: Any) -> Recipe:
+        return kind(**given | changes)
+
+    return Row(make, independent, **(nets or {}))
+
+
+ROWS = {
+    "Supervised": row(recipes.Supervised),
+    "KD": row(recipes.KD),
+    "FunMatch": row(recipes.FunMatch),
+    "DKD": row(recipes.DKD, warmup_epochs=0.0),
+    # the paper's constants for ImageNet: with T = 3 most of the loss is the teacher's entropy, which no training lowers
+    "NKD": row(recipes.NKD, gamma=1.5, temperature=1.0, nets={"rate": 1e-2}),
+    "WSLD": row(recipes.WSLD),
+    "DIST": row(recipes.DIST, {"gamma": 0.0}),
+    "StandardizedKD": row(recipes.StandardizedKD),
+    "Standardized": row(recipes.Standardized, recipe=recipes.NKD()),
+    "Combine": row(recipes.Combine, recipes=(recipes.KD(), recipes.AT(**PAIRS, task_weight=0.0))),
+    "Match": row(recipes.Match, **LATE, projector=Linear()),
+    "FitNet": row(recipes.FitNet, {"projector": Regressor(batch_norm=False)}, **LATE),
+    "VID": row(recipes.VID, **PAIRS),
+    "ReviewKD": row(recipes.ReviewKD, {"norm": False}, **LEVELS, warmup_epochs=0.0),
+    "AT": row(recipes.AT, **PAIRS),
+    "NST": row(recipes.NST, **PAIRS),
+    "FSP": row(recipes.FSP, **PAIRS, nets={"teacher": {"width": 6}}),
+    "AB": row(recipes.AB, {"projector": Regressor(batch_norm=False, keep_equal=True)}, **PRES),
+    "OFD": row(recipes.OFD, {"projector": Pointwise()}, **PRES, teacher_norms=small.TAPS),
+    "FT": row(recipes.FT, {"translator_norm": False}, **LATE),
+    "SP": row(recipes.SP, **LATE),
+    "PKT": row(recipes.PKT, **POOL),
+    "RKD": row(recipes.RKD, **POOL),
+    "CC": row(recipes.CC, **POOL, dim=16),
+    "CRD": row(recipes.CRD, **POOL, dim=16, negatives=24),
+    "SimKD": row(recipes.SimKD, {"batch_norm": False}, **LATE),
+    "SRRL": row(recipes.SRRL, {"projector": Pointwise(relu=True)}, **LATE),
+    "DeiT": row(recipes.DeiT, nets={"student": {"token": True}}),
+}

@@ -1,0 +1,155 @@
+"""What holds for every recipe, whatever its maths. `table.ROWS` has one row for each."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small
+import table
+import tiny
+
+from jkd import optim, recipes
+from jkd.checkpoint import Checkpoints
+from jkd.config import Run
+from jkd.errors import InputError
+from jkd.recipe import Recipe
+from jkd.resolve import make_context
+
+STEPS = 50
+GRADIENT = 2e-5
+UNCOUPLED = [name for name, row in table.ROWS.items() if row.independent is not None]
+
+
+def recorded() -> optax.GradientTransformation:
+    """Adam that keeps the gradient it was given, so that one compiled step shows both."""
+    keep = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradient, state, params=None: (gradient, gradient)
+    )
+    return optax.chain(keep, optax.scale_by_adam())
+
+
+def run_of(name: str, recipe: Recipe, **fields) -> Run:
+    row = table.ROWS[name]
+    return tiny.run(
+        recipe=recipe,
+        student=small.student(**row.student),
+        teacher=small.teacher(**row.teacher) if recipe.needs_teacher else None,
+        optimizer=optim.from_optax(row.rate, recorded),
+        steps=STEPS,
+        **fields,
+    )
+
+
+@functools.cache
+def engine(name: str, *, devices: int = 1, microbatches: int = 1, uncoupled: bool = False) -> tiny.Engine:
+    row = table.ROWS[name]
+    recipe = row.make(**(row.independent or {}) if uncoupled else {})
+    run = run_of(name, recipe, microbatches=microbatches)
+    return tiny.Engine(run, devices=devices, train_size=tiny.ROWS)
+
+
+def first_step(made: tiny.Engine, rows: dict):
+    """``(gradient, memory, metrics)`` of the first step."""
+    found = made.train([rows])
+    gradient = {group: state[0][0] for group, state in found.first.optimizer.items()}
+    return gradient, found.first.memory, found.metrics[0]
+
+
+def test_every_public_recipe_has_its_row():
+    public = {name for name, value in vars(recipes).items() if isinstance(value, type) and issubclass(value, Recipe)}
+    assert set(table.ROWS) == public
+
+
+def test_every_recipe_says_where_it_comes_from():
+    for name in table.ROWS:
+        kind = getattr(recipes, name)
+        assert kind.citation, name
+        assert kind.family != "other", name
+        assert kind.evidence in ("golden", "formula", "mechanism"), name
+
+
+@pytest.mark.parametrize("name", table.ROWS)
+def test_the_update_does_not_depend_on_devices_and_microbatches(name):
+    """Four microbatches on eight devices against one device; whole on eight where examples are coupled, and then refused."""
+    recipe = table.ROWS[name].make()
+    if recipe.couples_batch:
+        with pytest.raises(InputError, match=f"microbatches = 4.*{name}.*microbatch_statistics='local'"):
+            make_context(run_of(name, recipe, microbatches=4), tiny.batch(), train_size=32, devices=jax.devices()[:1])
+    cut = engine(name, devices=8, microbatches=1 if recipe.couples_batch else 4)
+    compare(cut, engine(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNCOUPLED)
+def test_without_its_coupled_part_a_recipe_may_be_cut(name):
+    compare(engine(name, devices=8, microbatches=4, uncoupled=True), engine(name, uncoupled=True))
+
+
+def compare(cut: tiny.Engine, whole: tiny.Engine) -> None:
+    rows = tiny.batch(ragged=True)
+    assert tiny.identical(cut.start.params, whole.start.params)
+    gradient, memory, metrics = first_step(cut, rows)
+    wanted, wanted_memory, wanted_metrics = first_step(whole, rows)
+    assert tiny.distance(gradient, wanted) < GRADIENT
+    for mine, theirs in zip(jax.tree.leaves(memory), jax.tree.leaves(wanted_memory), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+    for metric, value in wanted_metrics.items():
+        np.testing.assert_allclose(metrics[metric], value, rtol=1e-4, atol=1e-6, err_msg=metric)
+
+
+@pytest.mark.parametrize("name", table.ROWS)
+def test_rows_of_weight_zero_change_nothing(name):
+    rows = tiny.batch(ragged=True)
+    empty = rows["weight"] == 0
+    image = np.where(empty[:, None, None, None], 50 * rows["image"] + 7, rows["image"]).astype(np.float32)
+    other = rows | {"image": image, "label": np.where(empty, -1, rows["label"]).astype(np.int32)}
+    made = engine(name)
+    (found, memory, _), (wanted, wanted_memory, _) = (first_step(made, one) for one in (other, rows))
+    assert tiny.distance(found, wanted) < 1e-6
+    for mine, theirs in zip(jax.tree.leaves(memory), jax.tree.leaves(wanted_memory), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", table.ROWS)
+def test_no_gradient_reaches_the_teacher_unless_declared(name):
+    recipe = table.ROWS[name].make()
+    if not recipe.needs_teacher:
+        pytest.skip("it has no teacher")
+    made = engine(name)
+    rows = tiny.batch()
+
+    def loss(params, state, frozen):
+        terms = small.evaluate(made.ctx, state, {**frozen, "params": {"teacher": params}}, rows)
+        parts = [coef * jnp.mean(values.mean(tuple(range(1, values.ndim))) * weight) for values, weight, coef in terms.values()]
+        return sum(parts, jnp.float32(0))
+
+    gradient = jax.jit(jax.grad(loss))(made.frozen["params"]["teacher"], made.fresh(), made.frozen)
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(gradient))])
+    assert (flat == 0).all() == (recipe.teacher_gradient == "stop")
+
+
+@pytest.mark.parametrize("name", table.ROWS)
+def test_the_loss_falls_and_what_was_learned_is_kept(name, tmp_path):
+    made = engine(name)
+    found = made.train([tiny.batch()] * STEPS)
+    start, end = found.losses[0], found.losses[-5:].mean()
+    assert np.isfinite(found.losses).all()
+    assert end < start - 0.05 * abs(start)
+    shapes = [
+        [(np.shape(leaf), np.asarray(leaf).dtype) for leaf in jax.tree.leaves(one.memory)] for one in (found.start, found.state)
+    ]
+    assert shapes[0] == shapes[1]
+    if set(found.state.params) == {"student"} and not jax.tree.leaves(found.state.memory):
+        return  # nothing of its own: the engine's tests cover the rest
+    state = made.fresh()
+    state, _ = made.step(state, made.frozen, made.put(tiny.batch()))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        restored, _, step = checkpoints.restore(state)
+    assert step == 1
+    assert tiny.identical(restored, state)
