@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkd import optim, schedules, sharding, trees
+from jkd import losses, optim, schedules, sharding, trees
 from jkd.config import Run
 from jkd.recipe import Recipe
 from jkd.recipes import KD
@@ -217,6 +217,28 @@ def identical(first, second) -> bool:
     first, second = jax.device_get((first, second))
     same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), first, second)
     return all(jax.tree.leaves(same)) and trees.count(first) > 0
+
+
+# --- arithmetic by hand, next to which the engine's is put
+
+RATE = 0.5
+SGD = optim.sgd(RATE, momentum=0.0)
+
+
+def logits(model, params, rows, **options):
+    return model.apply(params, {}, rows, **options)[0].logits
+
+
+def nll(answers, rows):
+    return losses.cross_entropy(answers, rows["label"]).mean()
+
+
+def down(params, gradient, rate=RATE):
+    return jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+
+
+def close(found, wanted, tolerance=1e-5):
+    assert distance(found, wanted) < tolerance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
