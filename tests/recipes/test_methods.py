@@ -45,9 +45,10 @@ def test_crds_memory_is_that_of_the_loss_with_scales_of_the_first_batch():
 
     mine = embedded("student", small.student(), found.start.params["student"])
     theirs = embedded("teacher", small.teacher(), None)
+    start = jax.tree.map(jnp.asarray, start)
     held = {side: start[side].rows for side in ("student", "teacher")} | {k: v for k, v in start.items() if "scale" in k}
-    negatives = recipe._negatives(jax.tree.map(jnp.asarray, start), jnp.asarray(first["index"]))
-    values, wanted = losses.crd(mine, theirs, first["index"], negatives, held)
+    negatives = recipe._negatives(start, jnp.asarray(first["index"]))
+    values, wanted = losses.crd(mine, theirs, jnp.asarray(first["index"]), negatives, held)
     np.testing.assert_allclose(found.metrics[0]["term/crd"], values.mean(), rtol=1e-5)
     for side in ("student", "teacher"):
         np.testing.assert_allclose(memory[side].rows, wanted[side], atol=1e-6)
