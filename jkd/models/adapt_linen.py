@@ -88,7 +88,26 @@ def from_linen(
 
 def _split(variables: Mapping[str, Any]) -> tuple[Tree, Tree]:
     plain: dict[str, Any] = core.unfreeze(nn.meta.unbox(variables))
-    return plain.pop("params", {}), {name: tree for name, tree in plain.items() if name != _CAPTURED and jax.tree.leaves(tree)}
+    params = plain.pop("params", {})
+    return params, _by_path({kind: tree for kind, tree in plain.items() if kind != _CAPTURED and jax.tree.leaves(tree)})
+
+
+def _by_path(collections: Mapping[str, Any]) -> Tree:
+    """Linen's ``{"batch_stats": {"block": {"mean": x}}}`` as buffers, ``{"block": {"batch_stats:mean": x}}``.
+
+    A part's buffers then are the subtree at the part's path, as its parameters are.
+    """
+    flat = traverse_util.flatten_dict(collections)
+    return traverse_util.unflatten_dict({(*path, f"{kind}:{name}"): leaf for (kind, *path, name), leaf in flat.items()})
+
+
+def _collections(buffers: Tree) -> dict[str, Any]:
+    """The inverse of `_by_path`."""
+    flat: dict[tuple[str, ...], Any] = {}
+    for (*path, last), leaf in traverse_util.flatten_dict(buffers).items():
+        kind, _, name = last.partition(":")
+        flat[(kind, *path, name)] = leaf
+    return traverse_util.unflatten_dict(flat)
 
 
 def _streams(key: jax.Array) -> dict[str, jax.Array]:
@@ -108,8 +127,9 @@ def _model(module, weights, init, *, read, output, preprocess, title, couples_ba
     def run(params, buffers, batch, wanted: set[tap.Key] | None, train, key):
         args, kwargs = read(batch)
         ready, extra = _in_mode(module, method, train, kwargs)
-        mutable = [*(buffers if train else ()), *(() if wanted == set() else (_CAPTURED,))]
-        variables = {"params": params, **buffers}
+        kept = _collections(buffers)
+        mutable = [*(kept if train else ()), *(() if wanted == set() else (_CAPTURED,))]
+        variables = {"params": params, **kept}
         streams = None if key is None else _streams(key)
         with nn.intercept_methods(_recorder(wanted)):
             try:
@@ -120,8 +140,8 @@ def _model(module, weights, init, *, read, output, preprocess, title, couples_ba
         changed = core.unfreeze(changed)
         captured = _calls(changed.pop(_CAPTURED, {}))
         # The same dtypes, else buffers could not be carried through lax.scan.
-        new = {name: jax.tree.map(lambda o, n: n.astype(o.dtype), old, changed.get(name, old)) for name, old in buffers.items()}
-        return result, captured, new if train else buffers
+        new = {kind: jax.tree.map(lambda o, n: n.astype(o.dtype), old, changed.get(kind, old)) for kind, old in kept.items()}
+        return result, captured, _by_path(new) if train else buffers
 
     def apply(params, buffers, batch, *, taps=(), train=False, key=None):
         wanted = [tap.parse(text) for text in taps]
@@ -139,7 +159,7 @@ def _model(module, weights, init, *, read, output, preprocess, title, couples_ba
 
         def cut(trees):
             params, buffers = trees
-            return _down(params, name), {kind: _down(tree, name) for kind, tree in buffers.items() if _down(tree, name)}
+            return _down(params, name), _down(buffers, name)
 
         return _model(
             part,
@@ -161,7 +181,7 @@ def _model(module, weights, init, *, read, output, preprocess, title, couples_ba
         paths=paths,
         submodule=submodule,
         preprocess=preprocess,
-        couples_batch="batch_stats" in weights[1] if couples_batch is None else couples_batch,
+        couples_batch="batch_stats" in _collections(weights[1]) if couples_batch is None else couples_batch,
         name=title,
     )
 
@@ -189,7 +209,7 @@ def _calls(captured: Mapping[str, Any]) -> dict[tap.Key, tuple]:
 
 
 def _part(module: nn.Module, weights: tuple[Tree, Tree], where: tap.Tap, title: str) -> nn.Module:
-    part: Any = module.bind({"params": weights[0], **weights[1]})
+    part: Any = module.bind({"params": weights[0], **_collections(weights[1])})
     for step in where.path.split("/"):
         attribute, _, number = step.rpartition("_")
         try:

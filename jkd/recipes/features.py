@@ -41,6 +41,7 @@ class Match(Recipe):
     task_weight: float = 1.0
     couples: bool = False
 
+    same_classes: ClassVar[bool] = False  # features are compared, classes are not
     citation: ClassVar[str] = "any loss of jkd.losses between tapped features"
     family: ClassVar[str] = "features"
 

@@ -90,10 +90,11 @@ def close(a, b):
 
 def test_collections_become_params_and_buffers(compact, batch):
     assert set(compact.params) == {"Dense_0", "Dense_1", "BatchNorm_0"}
-    assert set(compact.buffers) == {"batch_stats"}
+    assert set(compact.buffers["BatchNorm_0"]) == {"batch_stats:mean", "batch_stats:var"}
     assert compact.couples_batch
     module = Compact()
-    variables = {"params": compact.params, **compact.buffers}
+    statistics = {name.removeprefix("batch_stats:"): value for name, value in compact.buffers["BatchNorm_0"].items()}
+    variables = {"params": compact.params, "batch_stats": {"BatchNorm_0": statistics}}
     close(compact.apply(compact.params, compact.buffers, batch)[0].logits, module.apply(variables, batch["image"], train=False))
 
 
@@ -104,7 +105,7 @@ def test_training_draws_from_the_key_and_moves_statistics(compact, batch):
     assert (outputs.taps["Dropout_0"] == 0).any()
     assert not np.array_equal(outputs.logits, apply(jax.random.key(1))[0].logits)
     assert jax.tree.structure(new) == jax.tree.structure(compact.buffers)
-    assert not np.allclose(new["batch_stats"]["BatchNorm_0"]["mean"], 0)
+    assert not np.allclose(new["BatchNorm_0"]["batch_stats:mean"], 0)
     assert compact.apply(compact.params, compact.buffers, batch)[1] is compact.buffers
     with pytest.raises(InputError, match="Compact: apply needs key="):
         compact.apply(compact.params, compact.buffers, batch, train=True)
@@ -173,6 +174,29 @@ def test_parts_of_setup_modules(setup, compact, batch):
     for model, path in ((compact, "Dense_1"), (setup, "heads"), (setup, "encoder_7")):
         with pytest.raises(InputError, match=rf"submodule\('{path}'\): .* defines no such part in setup\(\)"):
             model.submodule(path)
+
+
+def test_a_part_keeps_its_statistics_under_other_weights(batch):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool = False):
+            return nn.BatchNorm(use_running_average=not train)(nn.Dense(DIM)(x))
+
+    class Net(nn.Module):
+        def setup(self):
+            self.block = Block()
+            self.head = nn.Dense(3)
+
+        def __call__(self, x, train: bool = False):
+            return self.head(self.block(x, train))
+
+    model = models.from_linen(Net(), example=batch)
+    params, buffers = model.init(jax.random.key(0))
+    buffers = jax.tree.map(lambda leaf: leaf + 0.5, buffers)
+    outputs, _ = model.apply(params, buffers, batch, taps=("block",))
+    part = model.with_weights(params, buffers).submodule("block")
+    same(part.buffers, buffers["block"])
+    close(part.apply(part.params, part.buffers, batch["image"])[0].logits, outputs.taps["block"])
 
 
 def test_instances_hold_weights(batch):
