@@ -1,14 +1,15 @@
 """Every file in configs/ is complete: shrunk, it resolves and its step traces, with no data at hand."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import pytest
 
 from jkd import configfile
-from jkd.config import Run
+from jkd.config import Experiment, Run, dependencies
 from jkd.resolve import make_context
-from jkd.state import frozen_shapes, state_shapes
+from jkd.state import state_shapes, step_shapes
 from jkd.step import make_step
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -19,13 +20,16 @@ def test_config_traces(path):
     experiment = configfile.shrink(configfile.resolve(configfile.load(path)))
     earlier = {}
     for name, node in experiment.nodes.items():
-        assert isinstance(node, Run), f"{name}: no test of function nodes here yet"
-        import dataclasses
-
+        made = not isinstance(node, Run)
+        if made:  # from what came before it
+            node = node(**{needed: earlier[needed] for needed in dependencies(node)})
+            assert isinstance(node, Run), f"{name}: no test of other function nodes here yet"
         run = dataclasses.replace(node, teacher=earlier[node.teacher]) if isinstance(node.teacher, str) else node
+        run = configfile.shrink(Experiment(made=run)).nodes["made"] if made else run
         ctx = make_context(run)
         earlier[name] = ctx.student
-        state, metrics = jax.eval_shape(make_step(ctx), state_shapes(ctx), frozen_shapes(ctx), ctx.raw_batch)
+        # of these shapes make_step has the trace already
+        state, metrics = make_step(ctx).eval_shape(*step_shapes(ctx))
         assert metrics["loss"].shape == ()
         assert jax.tree.structure(state) == jax.tree.structure(state_shapes(ctx))
 
