@@ -22,7 +22,7 @@ from jkd.types import Array, Term, Tree, subtree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AT(Match):
-    """Attention transfer: ``CE + weight * sum over pairs of mean (a_s - a_t)²``, eq. 2 of the paper.
+    """Attention transfer: ``CE + weight * sum over pairs of mean (a_s - a_t)²``.
 
     a is the map's mean square over channels, of length 1 over the positions. Weight 1000, the mean of squares and p = 2 are the
     benchmark's and the authors' code's; taps are all stages (stem and pooled features apart).
@@ -38,7 +38,7 @@ class AT(Match):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NST(Match):
-    """Neuron selectivity transfer: ``CE + weight * sum over pairs of MMD²`` between the two sets of channel maps, eq. 8.
+    """Neuron selectivity transfer: ``CE + weight * sum over pairs of MMD²`` between the two sets of channel maps.
 
     With the polynomial kernel ``<a, b>²`` and the benchmark's weight 50. Taps are all stages; channels may differ.
     """
@@ -53,7 +53,7 @@ class NST(Match):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FSP(Match):
-    """Flow of the solution procedure: ``weight * sum over neighbouring taps of mean (G_s - G_t)²``, eq. 1-2 of the paper.
+    """Flow of the solution procedure: ``weight * sum over neighbouring taps of mean (G_s - G_t)²``.
 
     G holds the products of one tap's channels with the next tap's, averaged over positions; so each tap has as many channels in
     the student as in the teacher. In paper and benchmark this loss alone initialises the student, which then learns from labels:
@@ -86,7 +86,7 @@ class FSP(Match):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AB(Match):
-    """Activation boundaries: ``weight * sum over pairs i of n of 2^(i-n+1) * sum (s ± m)² where the sides differ``, eq. 5.
+    """Activation boundaries: ``weight * sum over pairs i of n of 2^(i-n+1) * sum (s ± m)² where the sides differ``.
 
     Taps are features *before* their activation. Students of another shape are mapped by a convolution with BatchNorm. In paper
     and benchmark (30 epochs) this loss alone initialises the student, which then learns from labels: ``task_weight`` is 0, and
@@ -114,7 +114,7 @@ class AB(Match):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OFD(Match):
-    """Overhaul of feature distillation: ``CE + weight * sum over pairs i of n of 2^(i-n+1) * partial L2``, eq. 2-4 of the paper.
+    """Overhaul of feature distillation: ``CE + weight * sum over pairs i of n of 2^(i-n+1) * partial L2``.
 
     Taps are features *before* their activation; the student's pass a 1x1 convolution with BatchNorm. The teacher's are cut off at
     a margin for each channel, the mean of its negative values, which follows from the BatchNorm that made them. The loss is a sum
@@ -149,7 +149,7 @@ class OFD(Match):
 
 
 def margin(scale: Array, bias: Array) -> Array:
-    """``E[x | x < 0]`` of each channel behind a BatchNorm: x normal with mean ``bias`` and deviation ``|scale|`` (OFD, eq. 5).
+    """``E[x | x < 0]`` of each channel behind a BatchNorm: x normal with mean ``bias`` and deviation ``|scale|`` (OFD).
 
     Where it is hardly ever negative (probability up to 0.001): ``-3 |scale|``, as the code has it.
     """
@@ -162,7 +162,7 @@ def margin(scale: Array, bias: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FT(Match):
-    """Factor transfer: ``CE + weight * mean |a_s - a_t|`` between factors, eq. 4, and ``reconstruct``, eq. 1 of the paper.
+    """Factor transfer: ``CE + weight * mean |a_s - a_t|`` between factors, and ``reconstruct``, the paraphraser's own loss.
 
     A paraphraser (three convolutions with LeakyReLU, ``rate`` times the teacher's channels, and three back) makes the teacher's
     factors, a translator of the same shape with BatchNorm the student's. The authors train the paraphraser for 30 epochs before

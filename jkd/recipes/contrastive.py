@@ -20,7 +20,7 @@ from jkd.types import Array, Batch, Term, Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CRD(Recipe):
-    """Contrastive representation distillation: ``CE + weight * NCE`` in both directions, eq. 17-19 of the paper.
+    """Contrastive representation distillation: ``CE + weight * NCE`` in both directions.
 
     Each side's embedding (a linear map to ``dim``, both trained) must tell the other side's memory of the same example from the
     memories of ``negatives`` examples of other classes, drawn anew for each example and step. Memories start at random and follow

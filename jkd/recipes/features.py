@@ -93,7 +93,7 @@ class Match(Recipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitNet(Match):
-    """Hints: ``CE + weight * mean (r(student tap) - teacher tap)²`` with a learned regressor r, eq. 3 of the paper.
+    """Hints: ``CE + weight * mean (r(student tap) - teacher tap)²`` with a learned regressor r.
 
     The paper trains the hint first and soft targets afterwards; the benchmark (Tian et al., ICLR 2020), whose weight 100 and
     convolutional regressor these are, trains both together, and so does this.
@@ -108,7 +108,7 @@ class FitNet(Match):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VID(Match):
-    """Variational information: ``CE + weight * sum over pairs of mean ((mu - t)² / v + log v) / 2``, eq. 4 and 6 of the paper.
+    """Variational information: ``CE + weight * sum over pairs of mean ((mu - t)² / v + log v) / 2``.
 
     mu is a regressor on the student's features (three 1x1 convolutions), v a learned variance for each channel that starts at
     ``variance``. Weight and regressor are the CIFAR benchmark's (Tian et al., ICLR 2020), whose taps are all stages but the last

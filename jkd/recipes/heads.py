@@ -43,7 +43,7 @@ class _TeacherHead(Match):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimKD(_TeacherHead):
-    """A reused classifier: ``mean (projector(student) - teacher)²``, and the teacher's own head answers, eq. 2 of the paper.
+    """A reused classifier: ``mean (projector(student) - teacher)²``, and the teacher's own head answers.
 
     The projector has a 1x1, a 3x3 and a 1x1 convolution, each with BatchNorm and ReLU, over half the teacher's channels. Student
     features are averaged down to the teacher's height and width first, or the teacher's to the student's. Product: student,
@@ -172,7 +172,7 @@ def pooled(features: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SRRL(_TeacherHead):
-    """Softmax regression: ``CE + weight * mean (x_s - x_t)² + head_weight * mean (head(x_s) - z_t)²``, eq. 1 and 7 of the paper.
+    """Softmax regression: ``CE + weight * mean (x_s - x_t)² + head_weight * mean (head(x_s) - z_t)²``.
 
     x_s are the student's features through a 1x1 convolution, BatchNorm and ReLU, x_t the teacher's, both averaged over positions;
     the teacher's frozen head reads x_s, so that an error counts by what the head makes of it.
@@ -210,7 +210,7 @@ class SRRL(_TeacherHead):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeiT(Recipe):
-    """A distillation token: ``(1 - weight) * CE(z, y) + weight * CE(z_token, argmax z_t)``, eq. 3 of the paper (hard labels).
+    """A distillation token: ``(1 - weight) * CE(z, y) + weight * CE(z_token, argmax z_t)`` (hard labels).
 
     For students whose Outputs have ``heads["distillation"]`` (`jkd.models.vit` with ``distillation_token=True``). Product: the mean
     of the two heads' probabilities, as in the paper; the authors' code takes the mean of their logits.

@@ -32,7 +32,7 @@ class Supervised(Recipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KD(Recipe):
-    """Soft targets: ``task_weight * CE + weight * T² * KL(teacher_T || student_T)``, eq. 1-4 of the paper's section 2.
+    """Soft targets: ``task_weight * CE + weight * T² * KL(teacher_T || student_T)``.
 
     The two-weight form, the temperature and the weights are those of the CIFAR-100 benchmark (Tian et al., ICLR 2020, appendix):
     T 4, 0.1 of the labels, 0.9 of the teacher. On ImageNet T 1 and 0.5 each.
@@ -80,14 +80,14 @@ class FunMatch(Recipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DKD(Recipe):
-    """Decoupled KD: ``CE + warm-up * T² (alpha * TCKD + beta * NCKD)``, eq. 7 of the paper.
+    """Decoupled KD: ``CE + warm-up * T² (alpha * TCKD + beta * NCKD)``.
 
     TCKD compares the two masses target / not target, NCKD the distributions among the other classes. It needs the label, so both
     terms are of the labelled examples.
 
     Args:
         alpha: weight of TCKD.
-        beta: weight of NCKD; 8 for ResNet32x4 -> ResNet8x4, else 0.5 to 6 (the paper's table A.1).
+        beta: weight of NCKD; 8 for ResNet32x4 -> ResNet8x4, else 0.5 to 6 (by pair of networks).
         temperature: T; 4 on CIFAR-100, 1 on ImageNet.
         warmup_epochs: epochs over which the distillation term grows to full weight; 20 on CIFAR-100, 1 on ImageNet.
         task_weight: of the labels' term; 0 leaves it out.
@@ -118,7 +118,7 @@ class DKD(Recipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NKD(Recipe):
-    """Normalised KD: ``CE + weight * (- p_y log q_y - gamma T² sum over other classes of p^ log q^)``, eq. 6 of the paper.
+    """Normalised KD: ``CE + weight * (- p_y log q_y - gamma T² sum over other classes of p^ log q^)``.
 
     p^ and q^ are renormalised without the label, so that the teacher's certainty does not scale them. It needs the label, so both
     terms are of the labelled examples.
@@ -150,7 +150,7 @@ class NKD(Recipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WSLD(Recipe):
-    """Weighted soft labels: ``CE + weight * w T² CE(teacher_T, student_T)``, ``w = 1 - exp(- CE_s / CE_t)``, eq. 12 of the paper.
+    """Weighted soft labels: ``CE + weight * w T² CE(teacher_T, student_T)``, ``w = 1 - exp(- CE_s / CE_t)``.
 
     Less distillation of the examples that the student already knows better than the teacher. It needs the label, so both terms are
     of the labelled examples.
@@ -177,7 +177,7 @@ class WSLD(Recipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DIST(Recipe):
-    """Correlations of a stronger teacher: ``CE + weight * T² (beta * (1 - r of rows) + gamma * (1 - r of columns))``, eq. 8-10.
+    """Correlations of a stronger teacher: ``CE + weight * T² (beta * (1 - r of rows) + gamma * (1 - r of columns))``.
 
     Pearson's r between the two probability matrices, over the classes of each example and over the examples of each class.
 

@@ -21,7 +21,7 @@ from jkd.types import Array, Term, Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SP(Match):
-    """Similarity preserving: ``CE + weight * mean (G_s - G_t)²``, G the cosines between the batch's examples, eq. 4 of the paper.
+    """Similarity preserving: ``CE + weight * mean (G_s - G_t)²``, G the cosines between the batch's examples.
 
     Weight 3000 and the tap (the last feature map) are the CIFAR benchmark's.
     """
@@ -37,7 +37,7 @@ class SP(Match):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PKT(Match):
-    """Probabilistic knowledge transfer: ``CE + weight * mean p log(p / q)`` of neighbours' probabilities, eq. 5-7 of the paper.
+    """Probabilistic knowledge transfer: ``CE + weight * mean p log(p / q)`` of neighbours' probabilities.
 
     Weight 30000 (of a mean over pairs) and the tap (pooled features) are the CIFAR benchmark's.
     """
@@ -53,7 +53,7 @@ class PKT(Match):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RKD(Match):
-    """Relational KD: ``CE + weight * distance + angle_weight * angle``, eq. 5-10 of the paper.
+    """Relational KD: ``CE + weight * distance + angle_weight * angle``.
 
     Distances between pairs (over their mean) and angles between triples of examples, each under the Huber loss. Weights 25 and 50
     and the tap (pooled features) are the CIFAR benchmark's.
@@ -84,7 +84,7 @@ class RKD(Match):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CC(Match):
-    """Correlation congruence: ``CE + weight * mean over neighbours b of <d_b, d_(b+1)>``, d = |e_s - e_t|, section 3.
+    """Correlation congruence: ``CE + weight * mean over neighbours b of <d_b, d_(b+1)>``, d = |e_s - e_t|.
 
     e are linear maps of both sides' features to ``dim``, both trained. This is the code that the authors gave to the CIFAR
     benchmark (Tian et al., ICLR 2020), with its weight 0.02; the paper compares correlation matrices under a Gaussian kernel.

@@ -19,7 +19,7 @@ from jkd.types import Array, Term, Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReviewKD(Match):
-    """``CE + warm-up * weight * sum over levels of HCL(fusion of the student's levels, teacher's level)``, eq. 4-7 of the paper.
+    """``CE + warm-up * weight * sum over levels of HCL(fusion of the student's levels, teacher's level)``.
 
     From the deepest level upwards, a level's features (1x1 convolution, BatchNorm) are mixed with what came from the deeper ones
     (enlarged) by an attention of two maps, and a 3x3 convolution makes the teacher's shape of the mixture. HCL compares pyramids of

@@ -15,7 +15,7 @@ from jkd.types import Outputs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Standardized(Recipe):
-    """Another recipe on logits with mean 0 and deviation 1, of student and teacher alike, algorithm 1 of the paper.
+    """Another recipe on logits with mean 0 and deviation 1, of student and teacher alike.
 
     ``Standardized(recipe=DKD(temperature=2.0))``. The labels' term (``task``) keeps the student's own logits, as the authors' code
     has it; everything else, what is remembered too, sees standardised ones.
@@ -74,7 +74,7 @@ def _standard(outputs: Any) -> Outputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StandardizedKD(KD):
-    """`KD` on standardised logits: ``task_weight * CE + weight * T² * KL``, algorithm 1 of the paper, with its constants.
+    """`KD` on standardised logits: ``task_weight * CE + weight * T² * KL``, with the constants of the paper.
 
     `Standardized` does the same for any other logit recipe.
     """
