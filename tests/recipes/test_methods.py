@@ -89,6 +89,16 @@ def test_crds_negatives_are_others_and_of_other_classes():
     assert abs((labels[unknown] == labels[index][:, None]).mean() - 0.1) < 0.02
 
 
+def test_crds_banks_are_the_same_on_a_mesh_that_does_not_divide_the_data():
+    networks = dict(student=small.student(), teacher=small.teacher(), optimizer=optim.sgd(0.05))
+    run = tiny.run(recipe=CRD(**POOL, dim=8, negatives=12), **networks)
+    one, eight = (tiny.Engine(run, devices=devices, train_size=100).train(tiny.batches(2)) for devices in (1, 8))
+    np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-5)
+    for side in ("student", "teacher"):
+        assert eight.state.memory[side].rows.shape == (104, 8)
+        np.testing.assert_allclose(eight.state.memory[side].rows[:100], one.state.memory[side].rows, atol=1e-5)
+
+
 def test_crd_and_kd_are_a_sum():
     recipe = Combine(recipes=(CRD(**POOL, dim=8, negatives=4), KD(weight=1.0, task_weight=0.0)))
     metrics = engine(recipe).train([tiny.batch()]).metrics[0]
