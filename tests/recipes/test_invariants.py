@@ -19,6 +19,7 @@ from jkd.config import Run
 from jkd.errors import InputError
 from jkd.recipe import Recipe
 from jkd.resolve import make_context
+from jkd.step import make_step
 
 STEPS = 50
 GRADIENT = 2e-5
@@ -100,6 +101,13 @@ def compare(cut: tiny.Engine, whole: tiny.Engine) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
     for metric, value in wanted_metrics.items():
         np.testing.assert_allclose(metrics[metric], value, rtol=1e-4, atol=1e-6, err_msg=metric)
+
+
+@pytest.mark.parametrize("name", table.ROWS)
+def test_it_may_compute_in_bfloat16(name):
+    run = run_of(name, table.ROWS[name].make(), compute_dtype="bfloat16")
+    ctx = make_context(run, tiny.batch(), train_size=tiny.ROWS, devices=jax.devices()[:1])
+    make_step(ctx)  # traced: parameters, buffers and memory keep their dtype, or this raises
 
 
 @pytest.mark.parametrize("name", table.ROWS)
