@@ -120,18 +120,22 @@ def per_class(value: PerPosition) -> Any:
     return value if np.ndim(value) == 0 else jnp.asarray(value)[..., None]
 
 
+def tempered(logits: Any, temperature: PerPosition) -> Any:
+    """``logits / temperature``; -inf stays, also in the gradient of a temperature that is learned (-inf / T² times 0 is nan)."""
+    if isinstance(temperature, (int, float)):
+        return logits if temperature == 1 else logits / temperature
+    kept = logits > -jnp.inf
+    return jnp.where(kept, jnp.where(kept, logits, 0) / per_class(temperature), -jnp.inf)
+
+
 def log_softmax(logits: Real[Array, "*batch classes"], temperature: PerPosition = 1.0) -> Float[Array, "*batch classes"]:
     """Log-probabilities of ``logits / temperature``; classes at -inf stay at -inf and receive no gradient."""
-    if not (isinstance(temperature, (int, float)) and temperature == 1):
-        logits = logits / per_class(temperature)
-    return jax.nn.log_softmax(logits, axis=-1)
+    return jax.nn.log_softmax(tempered(logits, temperature), axis=-1)
 
 
 def softmax(logits: Real[Array, "*batch classes"], temperature: PerPosition = 1.0) -> Float[Array, "*batch classes"]:
     """Probabilities of ``logits / temperature``."""
-    if not (isinstance(temperature, (int, float)) and temperature == 1):
-        logits = logits / per_class(temperature)
-    return jax.nn.softmax(logits, axis=-1)
+    return jax.nn.softmax(tempered(logits, temperature), axis=-1)
 
 
 def kl(log_p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
@@ -146,6 +150,47 @@ def log_ratio(log_p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch
     """
     difference = log_p - log_q
     return jnp.where(jnp.abs(difference) < jnp.inf, difference, 0)
+
+
+# From about as many classes on, one more sum for each row costs less than one more pass over them.
+WIDE = 64
+
+
+def shifted_exp(scores: Float[Array, "*batch classes"]) -> tuple[Any, Any, Any]:
+    """Scores less the row's largest, their exponentials, and the sum of these ``[..., 1]``.
+
+    Softmax does not see a shift, so no gradient is lost by stopping the one of the largest.
+    """
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    shifted = scores - jnp.where(top > -jnp.inf, top, 0)
+    exponentials = jnp.exp(shifted)
+    return shifted, exponentials, jnp.sum(exponentials, axis=-1, keepdims=True)
+
+
+def kl_of_logits(p_logits: Float[Array, "*batch classes"], q_logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
+    """`kl` between the softmaxes of two logit vectors (already divided by T).
+
+    Sums of exponentials are divided by once for each row, after the sum over the classes: that holds fewer arrays of the inputs'
+    size than two log-softmaxes do, and takes as little as a third of their time over a large vocabulary.
+    """
+    if p_logits.shape[-1] < WIDE:
+        return kl(jax.nn.log_softmax(p_logits, axis=-1), jax.nn.log_softmax(q_logits, axis=-1))
+    (p, exp_p, total_p), (q, _, total_q) = shifted_exp(p_logits), shifted_exp(q_logits)
+    difference = p - q
+    kept = jnp.abs(difference) < jnp.inf
+    mass = jnp.sum(jnp.where(kept, exp_p, 0), axis=-1)
+    value = jnp.sum(exp_p * jnp.where(kept, difference, 0), axis=-1)
+    return (value + mass * (jnp.log(total_q) - jnp.log(total_p))[..., 0]) / total_p[..., 0]
+
+
+def cross_entropy_of_logits(
+    p_logits: Float[Array, "*batch classes"], q_logits: Float[Array, "*batch classes"]
+) -> Float[Array, "*batch"]:
+    """`cross_entropy_of` the softmaxes of two logit vectors (already divided by T), as `kl_of_logits` is written."""
+    if p_logits.shape[-1] < WIDE:
+        return cross_entropy_of(jax.nn.softmax(p_logits, axis=-1), jax.nn.log_softmax(q_logits, axis=-1))
+    (_, exp_p, total_p), (q, _, total_q) = shifted_exp(p_logits), shifted_exp(q_logits)
+    return cross_entropy_of(exp_p, q - jnp.log(total_q)) / total_p[..., 0]
 
 
 def kl_to_mixture(

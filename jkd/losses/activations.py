@@ -30,7 +30,7 @@ def activation_boundary(
 
     Source:
         [AB] Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons", AAAI 2019,
-        arXiv:1811.03233, equation 5.
+        arXiv:1811.03233, the alternative loss with a margin that stands in for the sign of activations.
 
     Code versus paper:
         RepDistiller sums over the batch too and then divides by it and by 1000 / 3, with weight 2^(i-n+1) for stage i of n, and
@@ -64,7 +64,8 @@ def overhaul(
         ``[...]``, one value for each example.
 
     Source:
-        [OFD] Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019, arXiv:1904.01866, equations 2-4.
+        [OFD] Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019, arXiv:1904.01866, the margin ReLU and
+        the partial L2 distance.
 
     Code versus paper:
         As the code (mdistiller): sum over the map, mean over the batch, stage i of n weighted 2^(i-n+1), the whole by 0.001.

@@ -98,7 +98,7 @@ def attention_scores_mse(
 
     Source:
         [TinyBERT, attention] Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", EMNLP Findings 2020,
-        arXiv:1909.10351, equation 7.
+        arXiv:1909.10351, the attention based distillation.
 
     Code versus paper:
         As the code: mean over heads, queries and keys (padding too), summed over layers with weight 1; student layer i learns
@@ -138,7 +138,7 @@ def attention_kl(
 
     Source:
         [MiniLM, attention] Wang et al., "MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained
-        Transformers", NeurIPS 2020, arXiv:2002.10957, equation 7.
+        Transformers", NeurIPS 2020, arXiv:2002.10957, the self-attention distribution transfer.
 
     Code versus paper:
         No official code; the paper's 1 / (A_h |x|) is the mean over heads and tokens. The last layer of both, added to
@@ -189,7 +189,7 @@ def value_relation_kl(
 
     Source:
         [MiniLM, value relation] Wang et al., "MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of
-        Pre-Trained Transformers", NeurIPS 2020, arXiv:2002.10957, equations 8-10.
+        Pre-Trained Transformers", NeurIPS 2020, arXiv:2002.10957, the self-attention value-relation transfer.
 
     Code versus paper:
         No official code; the paper's 1 / (A_h |x|) is the mean over heads and tokens. Weight 1. The teacher is detached.
@@ -233,7 +233,7 @@ def self_relation_kl(
 
     Source:
         [MiniLMv2] Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained
-        Transformers", ACL Findings 2021, arXiv:2012.15828, equations 4-6.
+        Transformers", ACL Findings 2021, arXiv:2012.15828, the multi-head self-attention relations.
 
     Code versus paper:
         As minilmv2.bb: the mean over an example's real tokens, then over the batch. Queries, keys and values are three calls of

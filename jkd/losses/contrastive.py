@@ -45,7 +45,8 @@ def info_nce(
 
     Source:
         [InfoNCE] van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding", 2018,
-        arXiv:1807.03748, equation 4; cosines and T as Wu et al., CVPR 2018, arXiv:1805.01978, equation 2.
+        arXiv:1807.03748, the InfoNCE loss; cosines and T as in the non-parametric softmax of Wu et al., CVPR 2018,
+        arXiv:1805.01978.
 
     Code versus paper:
         Not multiplied by T² (contrastive papers don't). CLIP's symmetric form is the mean of ``info_nce(s, t)`` and
@@ -86,8 +87,8 @@ def soft_contrastive(
         ``[...]`` in nats, one value for each anchor; 0 where it has no candidate.
 
     Source:
-        [SEED] Fang et al., "SEED: Self-supervised Distillation for Visual Representation", ICLR 2021, arXiv:2101.04731,
-        equations 5-7.
+        [SEED] Fang et al., "SEED: Self-supervised Distillation for Visual Representation", ICLR 2021, arXiv:2101.04731, the
+        cross-entropy of similarity distributions.
 
     Code versus paper:
         Not multiplied by T². UniME-V2 and LG-ANNA use divergences of the same two distributions: `forward_kl` or `jeffreys` of
@@ -176,7 +177,8 @@ def crd(
         (1 - momentum) * v``, divided by their length. Values are taken before the write.
 
     Source:
-        [CRD] Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699, equations 17-19.
+        [CRD] Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699, the
+        noise-contrastive objective and its critic.
 
     Code versus paper:
         As the code, with weight 0.8 (and 1 for `forward_kl` in CRD+KD). The memory is detached, both embeddings are trained. The

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jkd.losses._common import check_classes, check_exact_rank, check_where, masked_mean, norm, promote, softmax
+from jkd.losses._maps import einsum
 from jkd.losses._typing import Array, Bool, Float, Real, Scalar
 
 
@@ -13,12 +14,13 @@ def _probabilities(student_logits, teacher_logits, temperature, where):
     """The two probability matrices, with rows of zeros where ``where`` is off, and the weights ``[batch, 1]``."""
     check_exact_rank(2, "[batch, classes]", student_logits=student_logits, teacher_logits=teacher_logits)
     check_classes(student_logits, teacher_logits)
-    q, p = (softmax(z, temperature) for z in promote(student_logits, teacher_logits))
+    logits = promote(student_logits, teacher_logits)
     if where is None:
-        return q, p, None
+        return *(softmax(z, temperature) for z in logits), None
     check_where(where, np.shape(student_logits)[:1], meaning="[batch]")
-    weight = jnp.asarray(where).astype(q.dtype)[:, None]
-    return q * weight, p * weight, weight
+    weight = jnp.asarray(where).astype(logits[0].dtype)[:, None]
+    # What is dropped may be nan: it is replaced before the softmax, so that its gradient is 0 too.
+    return *(softmax(jnp.where(weight != 0, z, 0), temperature) * weight for z in logits), weight
 
 
 def _pearson(x, y, weight, axis):
@@ -28,6 +30,11 @@ def _pearson(x, y, weight, axis):
     if weight is not None:
         x, y = x * weight, y * weight
     return jnp.sum(x * y, axis=axis) / (norm(x, axis) * norm(y, axis) + 1e-8)
+
+
+def _gram(x, y):
+    """Products of the rows of x with those of y."""
+    return einsum("id,jd->ij", x, y)
 
 
 def dist(
@@ -53,7 +60,8 @@ def dist(
         ``[batch]``, no unit. The paper's loss is cross-entropy plus 2 times this.
 
     Source:
-        [DIST] Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv:2205.10536, equations 8-10.
+        [DIST] Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv:2205.10536, the inter-class
+        and intra-class relations.
 
     Example:
         >>> logits = jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
@@ -85,7 +93,7 @@ def class_correlation(
         ``[batch]``, no unit; one number, repeated.
 
     Source:
-        [MLLD, CC] Jin et al., "Multi-Level Logit Distillation", CVPR 2023, equation 7.
+        [MLLD, CC] Jin et al., "Multi-Level Logit Distillation", CVPR 2023, the class-level alignment.
 
     Code versus paper:
         The code means to mask classes but multiplies the number by the mask's mean; there is no mask here.
@@ -100,11 +108,11 @@ def class_correlation(
     if batch < classes:
         # Q^T Q - P^T P = (D^T S + S^T D) / 2 with D = Q - P, S = Q + P: its norm needs batch x batch products only, and, unlike
         # |Q Q^T|² - 2 |Q P^T|² + |P P^T|², is small term by term where the student is close to the teacher.
-        mixed = total @ difference.T
-        squared = jnp.sum((difference @ difference.T) * (total @ total.T)) + jnp.sum(mixed * mixed.T)
+        mixed = _gram(total, difference)
+        squared = jnp.sum(_gram(difference, difference) * _gram(total, total)) + jnp.sum(mixed * mixed.T)
         value = squared / 2
     else:
-        value = jnp.sum((q.T @ q - p.T @ p) ** 2)
+        value = jnp.sum((_gram(q.T, q.T) - _gram(p.T, p.T)) ** 2)
     return jnp.broadcast_to(value / classes, (batch,))
 
 
@@ -127,11 +135,11 @@ def batch_correlation(
         ``[batch]``, no unit.
 
     Source:
-        [MLLD, BC] Jin et al., "Multi-Level Logit Distillation", CVPR 2023, equation 5.
+        [MLLD, BC] Jin et al., "Multi-Level Logit Distillation", CVPR 2023, the batch-level alignment.
 
     Example:
         >>> print(f"{batch_correlation(jnp.array([[9.0, -9.0]]), jnp.zeros((1, 2)), temperature=1.0).mean():.4f}")
         0.2500
     """
     q, p, _ = _probabilities(student_logits, teacher_logits, temperature, where)
-    return jnp.sum((q @ q.T - p @ p.T) ** 2, axis=1)
+    return jnp.sum((_gram(q, q) - _gram(p, p)) ** 2, axis=1)

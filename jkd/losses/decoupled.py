@@ -14,6 +14,7 @@ from jkd.losses._common import (
     check_labels,
     check_where,
     cross_entropy_of,
+    cross_entropy_of_logits,
     describe,
     is_label,
     kl,
@@ -22,8 +23,8 @@ from jkd.losses._common import (
     masked_mean,
     per_class,
     promote,
-    softmax,
     softplus,
+    tempered,
 )
 from jkd.losses._typing import Array, Bool, Float, Int, PerPosition, Real, Scalar
 
@@ -42,7 +43,7 @@ def _apart(logits, labels, temperature):
     Removing the label before the softmax, rather than dividing probabilities by 1 - p_y, keeps the others exact where p_y
     rounds to 1.
     """
-    scaled = logits / per_class(temperature)
+    scaled = tempered(logits, temperature)
     others = ~is_label(labels, logits.shape[-1])
     rest = masked_logsumexp(scaled, others)
     # Where every other class is masked there is no rest: its log-probabilities are all -inf.
@@ -82,7 +83,7 @@ def dkd(
         ``[...]`` in nats.
 
     Source:
-        [DKD] Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv:2203.08679, equation 7.
+        [DKD] Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv:2203.08679, the weighted sum of TCKD and NCKD.
 
     Code versus paper:
         The code removes the label by subtracting 1000 from its logit / T, which leaves a trace where logits differ by more;
@@ -122,7 +123,7 @@ def nkd(
 
     Source:
         [NKD] Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss
-        and Customized Soft Labels", ICCV 2023, arXiv:2303.13005, equation 6.
+        and Customized Soft Labels", ICCV 2023, arXiv:2303.13005, the NKD loss.
 
     Example:
         >>> print(f"{nkd(jnp.zeros(3), jnp.zeros(3), jnp.array(0), gamma=1.0):.4f}")
@@ -166,7 +167,7 @@ def uskd(
 
     Source:
         [USKD] Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss
-        and Customized Soft Labels", ICCV 2023, arXiv:2303.13005, equations 9-13.
+        and Customized Soft Labels", ICCV 2023, arXiv:2303.13005, the USKD loss and its customised target and non-target labels.
 
     Code versus paper:
         The order of the classes adds w_c / (1 - w_y) and, in the paper, q_c / (1 - q_y). The code has log q in the second
@@ -219,7 +220,7 @@ def wsld(
 
     Source:
         [WSLD] Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective", ICLR
-        2021, arXiv:2102.00650, equation 12.
+        2021, arXiv:2102.00650, the weighted soft labels.
 
     Example:
         >>> print(f"{wsld(jnp.zeros(3), jnp.zeros(3), jnp.array(0), temperature=1.0):.4f}")
@@ -231,7 +232,7 @@ def wsld(
     of_student = -at_label(log_softmax(student), labels)
     of_teacher = -at_label(log_softmax(teacher), labels)
     weight = jax.lax.stop_gradient(-jnp.expm1(-of_student / (of_teacher + 1e-7)))
-    soft = cross_entropy_of(softmax(teacher, temperature), log_softmax(student, temperature))
+    soft = cross_entropy_of_logits(tempered(teacher, temperature), tempered(student, temperature))
     return weight * soft * (temperature * temperature)
 
 
@@ -252,8 +253,8 @@ def binary_kl(
         ``[...]`` in nats.
 
     Source:
-        [BinaryKL] Yang et al., "Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
-        AAAI 2025, arXiv:2411.08937, equation 5.
+        [BinaryKL] Yang et al., "Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head", 2024,
+        arXiv:2411.08937, the BinaryKL loss.
 
     Code versus paper:
         The code adds 1e-8 inside its logarithms; here they are exact.
@@ -288,7 +289,7 @@ def binary_kl_norm(
 
     Source:
         [DHKD, BinaryKL-Norm] Yang et al., "Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary
-        Head", AAAI 2025, arXiv:2411.08937, equation 8.
+        Head", 2024, arXiv:2411.08937, the BinaryKL-Norm loss.
 
     Example:
         >>> print(f"{binary_kl_norm(jnp.array([0.0]), jnp.array([2.0]), temperature=1.0):.4f}")

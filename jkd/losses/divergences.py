@@ -18,12 +18,15 @@ from jkd.losses._common import (
     check_rank,
     check_same_shape,
     cross_entropy_of,
+    cross_entropy_of_logits,
     kl,
+    kl_of_logits,
     kl_to_mixture,
     log_ratio,
     log_softmax,
     promote,
     softmax,
+    tempered,
 )
 from jkd.losses._typing import Array, Float, Int, PerPosition, Real, Scalar
 
@@ -46,7 +49,8 @@ def cross_entropy(
         ``[...]`` in nats.
 
     Source:
-        [CE, LS] Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7.
+        [CE, LS] Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, arXiv:1512.00567,
+        label-smoothing regularisation.
 
     Example:
         >>> print(f"{cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3])).mean():.4f}")
@@ -71,11 +75,15 @@ def cross_entropy(
     return (1 - label_smoothing) * value + label_smoothing * uniform
 
 
+def _tempered_pair(student_logits, teacher_logits, temperature):
+    """Checked logits / T of student and teacher."""
+    check_classes(student_logits, teacher_logits)
+    return tuple(tempered(logits, temperature) for logits in promote(student_logits, teacher_logits))
+
+
 def _pair(student_logits, teacher_logits, temperature):
     """Checked log-probabilities (log q of the student, log p of the teacher)."""
-    check_classes(student_logits, teacher_logits)
-    student, teacher = promote(student_logits, teacher_logits)
-    return log_softmax(student, temperature), log_softmax(teacher, temperature)
+    return tuple(log_softmax(logits) for logits in _tempered_pair(student_logits, teacher_logits, temperature))
 
 
 def _squared(temperature):
@@ -99,7 +107,8 @@ def soft_cross_entropy(
         ``[...]`` in nats.
 
     Source:
-        [KD, soft CE] Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, section 2.
+        [KD, soft CE] Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, the soft
+        targets' cross-entropy.
 
     Code versus paper:
         DistiLLM calls this forward KL. TinyBERT averages over the classes too: ``coef = 1 / (C T²)`` gives its number.
@@ -108,9 +117,8 @@ def soft_cross_entropy(
         >>> print(f"{soft_cross_entropy(jnp.zeros(4), jnp.zeros(4)):.4f}")
         1.3863
     """
-    check_classes(student_logits, teacher_logits)
-    student, teacher = promote(student_logits, teacher_logits)
-    return cross_entropy_of(softmax(teacher, temperature), log_softmax(student, temperature)) * _squared(temperature)
+    student, teacher = _tempered_pair(student_logits, teacher_logits, temperature)
+    return cross_entropy_of_logits(teacher, student) * _squared(temperature)
 
 
 def forward_kl(
@@ -130,18 +138,20 @@ def forward_kl(
         ``[...]`` in nats.
 
     Source:
-        [KD] Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, equations 1-4.
+        [KD] Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, the soft targets at
+        temperature T and the factor T².
 
     Code versus paper:
         DeiT and PromptKD divide by the number of classes as well (PyTorch's ``mean``): ``coef = 1 / C``. PKD-BERT does too.
+        TRL, DistiLLM and TinyBERT leave T² out: ``coef = 1 / T²``.
 
     Example:
         >>> teacher = jnp.log(jnp.array([0.5, 0.25, 0.25]))
         >>> print(f"{forward_kl(jnp.zeros(3), teacher):.4f}")
         0.0589
     """
-    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
-    return kl(log_p, log_q) * _squared(temperature)
+    student, teacher = _tempered_pair(student_logits, teacher_logits, temperature)
+    return kl_of_logits(teacher, student) * _squared(temperature)
 
 
 def reverse_kl(
@@ -161,15 +171,19 @@ def reverse_kl(
         ``[...]`` in nats.
 
     Source:
-        [RKL] Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", ICLR 2024, arXiv:2306.08543, equation 1.
+        [RKL] Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", ICLR 2024, arXiv:2306.08543, the reverse KL
+        objective.
+
+    Code versus paper:
+        TRL and DistiLLM leave T² out: ``coef = 1 / T²``.
 
     Example:
         >>> teacher = jnp.log(jnp.array([0.5, 0.25, 0.25]))
         >>> print(f"{reverse_kl(jnp.zeros(3), teacher):.4f}")
         0.0566
     """
-    log_q, log_p = _pair(student_logits, teacher_logits, temperature)
-    return kl(log_q, log_p) * _squared(temperature)
+    student, teacher = _tempered_pair(student_logits, teacher_logits, temperature)
+    return kl_of_logits(student, teacher) * _squared(temperature)
 
 
 def jeffreys(
@@ -190,7 +204,7 @@ def jeffreys(
 
     Source:
         [SSLD] Cui et al., "Beyond Self-Supervision: A Simple Yet Effective Network Distillation Alternative to Improve
-        Backbones", 2021, arXiv:2103.05959, section 3.
+        Backbones", 2021, arXiv:2103.05959, the soft-label loss of SSLD.
 
     Code versus paper:
         The paper writes the Jensen-Shannon divergence (`js` with ``beta=0.5``); PaddleClas, the authors' code, computes this.
@@ -223,8 +237,11 @@ def js(
         ``[...]`` in nats.
 
     Source:
-        [GKD, generalised JSD] Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, arXiv:2306.13649,
-        equation 1.
+        [GKD, generalised JSD] Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated
+        Mistakes", ICLR 2024, arXiv:2306.13649, equation 1.
+
+    Code versus paper:
+        TRL and DistiLLM leave T² out: ``coef = 1 / T²``.
 
     Example:
         >>> print(f"{js(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0])):.4f}")
@@ -260,10 +277,11 @@ def skew_forward_kl(
 
     Source:
         [SKL] Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", ICML 2024, arXiv:2402.03898,
-        section 3.1.
+        the skew KL and skew reverse KL.
 
     Code versus paper:
-        The code leaves out the constant - H(p), so the number that it prints is not a divergence; the gradient is the same.
+        The code leaves out the constant - H(p), so the number that it prints is not a divergence; the gradient is the same. It
+        leaves T² out too: ``coef = 1 / T²``.
 
     Example:
         >>> print(f"{skew_forward_kl(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0]), lam=0.1):.4f}")
@@ -293,7 +311,10 @@ def skew_reverse_kl(
 
     Source:
         [SRKL] Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", ICML 2024, arXiv:2402.03898,
-        section 3.1.
+        the skew KL and skew reverse KL.
+
+    Code versus paper:
+        TRL and DistiLLM leave T² out: ``coef = 1 / T²``.
 
     Example:
         >>> print(f"{skew_reverse_kl(jnp.array([0.0, 200.0]), jnp.array([200.0, 0.0]), lam=0.1):.4f}")
@@ -320,7 +341,8 @@ def total_variation(
         ``[...]``, no unit.
 
     Source:
-        [TVD] Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023, arXiv:2307.15190.
+        [TVD] Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023, arXiv:2307.15190, the
+        total variation distance.
 
     Example:
         >>> print(f"{total_variation(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.8, 0.2]))):.4f}")

@@ -39,7 +39,7 @@ def mse(
         ``[...]``, of the smaller map where sizes differ.
 
     Source:
-        [FitNet, hint] Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv:1412.6550, equation 3.
+        [FitNet, hint] Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, arXiv:1412.6550, the hint loss.
 
     Code versus paper:
         The paper sums and halves; RepDistiller and mdistiller take the mean over all entries, as here, with weight 100. The
@@ -67,7 +67,8 @@ def cosine_distance(
         ``[...]`` in 0..2.
 
     Source:
-        [cosine] Sanh et al., "DistilBERT, a distilled version of BERT", 2019, arXiv:1910.01108, section 3 (last hidden states).
+        [cosine] Sanh et al., "DistilBERT, a distilled version of BERT", 2019, arXiv:1910.01108, the cosine embedding loss
+        between the last hidden states.
 
     Code versus paper:
         DistilBERT's code uses weight 1 beside 5 for the soft targets and 2 for the masked-language loss, on tokens that are no
@@ -113,7 +114,7 @@ def pearson_distance(
 
     Source:
         [PKD] Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
-        NeurIPS 2022, arXiv:2207.02039, equations 3-4.
+        NeurIPS 2022, arXiv:2207.02039, the MSE of normalised features.
 
     Code versus paper:
         mmrazor resizes bilinearly to the teacher's size; here the larger map is averaged. Its weight is 6 between two-stage
@@ -153,7 +154,8 @@ def hierarchical_context(
         ``[...]``, one value for each example.
 
     Source:
-        [HCL, ReviewKD] Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv:2104.09044, section 3.4.
+        [HCL, ReviewKD] Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv:2104.09044, the hierarchical
+        context loss.
 
     Code versus paper:
         As the code. It sums over stages, with weight 5 for ResNet32x4 to 8x4 (0.6 to 8 elsewhere) and a warm-up over 20 epochs.
@@ -195,8 +197,8 @@ def variational_information(
         ``[...]`` in nats; may be negative.
 
     Source:
-        [VID] Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, arXiv:1904.05835,
-        equation 4.
+        [VID] Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, arXiv:1904.05835, the
+        Gaussian variational distribution.
 
     Code versus paper:
         RepDistiller's mean over all entries, as here; the paper sums over entries. mdistiller does not train log_scale, by
@@ -234,7 +236,8 @@ def masked_generative(
         ``[batch]``, a sum for each example.
 
     Source:
-        [MGD] Yang et al., "Masked Generative Distillation", ECCV 2022, arXiv:2205.01529, equation 4.
+        [MGD] Yang et al., "Masked Generative Distillation", ECCV 2022, arXiv:2205.01529, the distillation loss of generated
+        features.
 
     Code versus paper:
         As the code: sum, divided by the batch alone, so weights are small: 7e-5 for classification (15% of channels hidden),

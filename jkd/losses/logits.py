@@ -36,7 +36,7 @@ def alpha_beta(
 
     Source:
         [ABKD] Wang et al., "ABKD: Pursuing a Proper Allocation of the Probability Mass in Knowledge Distillation via
-        alpha-beta-Divergence", ICML 2025, arXiv:2505.04560, definition 3.1.
+        alpha-beta-Divergence", ICML 2025, arXiv:2505.04560, the alpha-beta-divergence.
 
     Code versus paper:
         The code's limits carry 1/a and 1/b where the limit of the formula has 1/a² and 1/b²: they agree at 1 only. Here the
@@ -86,8 +86,8 @@ def adaptive_kl(
         ``[...]`` in nats. No gradient passes through the weights g (that is the method).
 
     Source:
-        [AKL] Wu et al., "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
-        COLING 2025, arXiv:2404.02657, equations 12-14.
+        [AKL] Wu et al., "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models", COLING
+        2025, arXiv:2404.02657, the head and tail gaps and the weights made of them.
 
     Example:
         >>> print(f"{adaptive_kl(jnp.zeros(3), jnp.log(jnp.array([0.5, 0.25, 0.25]))):.4f}")
@@ -123,7 +123,8 @@ def logit_mse(
         ``[...]``, squared logits.
 
     Source:
-        [logit matching] Ba, Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014, arXiv:1312.6184, equation 1.
+        [logit matching] Ba, Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014, arXiv:1312.6184, regression on
+        logits with L2 loss.
 
     Code versus paper:
         The paper has 1/2 sum_c: ``coef = C / 2``. The mean over classes is what codes that use PyTorch's ``MSELoss`` print (Kim
@@ -191,8 +192,8 @@ def logistic_ranking(
         ``[...]`` in nats. Time grows with classes², memory with classes.
 
     Source:
-        [RankNet] Burges et al., "Learning to Rank using Gradient Descent", ICML 2005, equation 3; as a distillation loss in
-        DistillKit (``sparse_logistic_ranking_loss``), there on the teacher's top k only.
+        [RankNet] Burges et al., "Learning to Rank using Gradient Descent", ICML 2005, the pairwise cross-entropy; as a
+        distillation loss in DistillKit (``sparse_logistic_ranking_loss``), there on the teacher's top k only.
 
     Code versus paper:
         DistillKit divides by the number of pairs in the whole batch; here each position has its own mean, which is the same

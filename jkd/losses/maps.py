@@ -43,7 +43,8 @@ def attention_transfer(
         ``[...]``, one value for each example.
 
     Source:
-        [AT] Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv:1612.03928, equation 2.
+        [AT] Zagoruyko, Komodakis, "Paying More Attention to Attention: Improving the Performance of Convolutional Neural
+        Networks via Attention Transfer", ICLR 2017, arXiv:1612.03928, the activation-based attention transfer.
 
     Code versus paper:
         The paper takes the norm of a - b, summed over positions; the authors' code and mdistiller the mean of its squares, as
@@ -79,7 +80,7 @@ def factor_transfer(
 
     Source:
         [FT] Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018,
-        arXiv:1802.04977, equation 4.
+        arXiv:1802.04977, the factor transfer loss.
 
     Code versus paper:
         The paper normalises the whole factor; RepDistiller first averages squares over its channels, as here, with weight 200.
@@ -119,8 +120,8 @@ def neuron_selectivity(
         ``[...]``, one value for each example.
 
     Source:
-        [NST] Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017, arXiv:1707.01219,
-        equation 8 with the polynomial kernel (d = 2, c = 0).
+        [NST] Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017, arXiv:1707.01219, the
+        squared MMD with the polynomial kernel (d = 2, c = 0).
 
     Code versus paper:
         As the code (mdistiller), with weight 50; the teacher's term is kept in the value, and the teacher detached. Maps with
@@ -165,8 +166,8 @@ def channel_wise(
         ``[...]`` in nats, one value for each example.
 
     Source:
-        [CWD] Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv:2011.13256,
-        equations 2-4.
+        [CWD] Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, arXiv:2011.13256, the
+        channel-wise softmax over positions and its KL.
 
     Code versus paper:
         As mmrazor's (sum over channels and batch, divided by both), whose default is T = 1. Weights: 3 for logit maps, 50 for
@@ -207,7 +208,8 @@ def class_attention(
         ``[...]``, one value for each example.
 
     Source:
-        [CAT-KD] Guo et al., "Class Attention Transfer Based Knowledge Distillation", CVPR 2023, arXiv:2304.12777, equation 4.
+        [CAT-KD] Guo et al., "Class Attention Transfer Based Knowledge Distillation", CVPR 2023, arXiv:2304.12777, the class
+        attention transfer loss.
 
     Code versus paper:
         As the code, with weight 400 beside the cross-entropy (50 to 300 in CAT, which has no labels). The teacher is detached.
@@ -244,7 +246,7 @@ def fsp(
 
     Source:
         [FSP] Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer Learning",
-        CVPR 2017, equations 1-2.
+        CVPR 2017, the FSP matrix and its squared difference.
 
     Code versus paper:
         RepDistiller takes the mean over the two channel axes, as here (the paper sums), with weight 50, in a first stage before

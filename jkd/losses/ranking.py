@@ -48,7 +48,8 @@ def pld(
         ``[...]`` in nats. It takes the place of both cross-entropy and distillation.
 
     Source:
-        [PLD] "PLD: A Choice-Theoretic List-Wise Knowledge Distillation", NeurIPS 2025, arXiv:2506.12542.
+        [PLD] Bassam, Zhu, Bian, "PLD: A Choice-Theoretic List-Wise Knowledge Distillation", NeurIPS 2025, arXiv:2506.12542, the
+        weighted Plackett-Luce loss of the teacher-optimal ranking.
 
     Code versus paper:
         No code was published. The label's weight is the teacher's own probability of it.
@@ -86,7 +87,7 @@ def margin_mse(
 
     Source:
         [Margin-MSE] Hofstätter et al., "Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge
-        Distillation", 2020, arXiv:2010.02666, equation 6.
+        Distillation", 2020, arXiv:2010.02666, the Margin-MSE loss.
 
     Example:
         >>> margin_mse(jnp.array([3.0]), jnp.array([1.0]), jnp.array([10.0]), jnp.array([9.0])).tolist()
@@ -125,9 +126,9 @@ def listwise_kl(
         ``[...]`` in nats.
 
     Source:
-        [listwise KD] Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML 2007, with KL in place of
-        cross-entropy; for embeddings in Gu et al., "UniME-V2: MLLM-as-a-Judge for Universal Multimodal Embedding Learning",
-        2025, arXiv:2510.13515.
+        [listwise KD] Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML 2007, with KL in place
+        of cross-entropy; for embeddings in Gu et al., "UniME-V2: MLLM-as-a-Judge for Universal Multimodal Embedding Learning",
+        AAAI 2026, arXiv:2510.13515.
 
     Code versus paper:
         UniME-V2 averages this and the same with the arguments swapped (`jeffreys`), with 1e-8 inside the logarithms.
@@ -179,7 +180,8 @@ def decoupled_softmax(
         ``[...]`` in nats; 0 for a row without positives.
 
     Source:
-        [DEXML] Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification", ICLR 2024, arXiv:2310.10636, equation 4.
+        [DEXML] Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification", ICLR 2024, arXiv:2310.10636, the decoupled
+        softmax loss.
 
     Code versus paper:
         The code samples one positive of each row by default; the mean over them here is what that estimates.
@@ -248,7 +250,7 @@ def soft_top_k(
 
     Source:
         [DEXML, soft top-k] Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification", ICLR 2024, arXiv:2310.10636,
-        section 4.3.
+        the soft top-k loss.
 
     Example:
         >>> print(f"{soft_top_k(jnp.zeros(4), jnp.array([True, False, False, False]), k=2):.4f}")

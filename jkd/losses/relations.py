@@ -33,7 +33,8 @@ def similarity_preserving(
         ``[batch]``, one value for each anchor i.
 
     Source:
-        [SP] Tung, Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv:1907.09682, equation 4.
+        [SP] Tung, Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv:1907.09682, the similarity-preserving
+        loss of row-normalised Gram matrices.
 
     Code versus paper:
         As the code (RepDistiller, mdistiller), with weight 3000. There B is the batch of one device; here it is the global one.
@@ -71,7 +72,7 @@ def pkt(
 
     Source:
         [PKT] Passalis, Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018,
-        arXiv:1803.10837, equations 5-7.
+        arXiv:1803.10837, the cosine-based conditional probabilities and their KL.
 
     Code versus paper:
         The paper sums over pairs; its code takes the mean over all B² of them, as here, keeps j = i, and has weight 30000. The
@@ -113,7 +114,8 @@ def correlation_congruence(
         ``[batch]``, the scalar repeated: the order of examples matters, so there is no value of one example.
 
     Source:
-        [CC] Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019, arXiv:1904.01802, section 3.
+        [CC] Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019, arXiv:1904.01802, the idea; the
+        formula is that of the code.
 
     Code versus paper:
         The paper compares the batch's correlation matrices under a Taylor-expanded Gaussian kernel. This is the code that the
@@ -156,7 +158,7 @@ def inter_channel(
 
     Source:
         [ICKD] Liu et al., "Exploring Inter-Channel Correlation for Diversity-Preserved Knowledge Distillation", ICCV 2021,
-        arXiv:2202.03680, equations 3-5.
+        arXiv:2202.03680, the inter-channel correlation matrix and its squared difference.
 
     Code versus paper:
         The paper's loss has no row norm; its code divides rows by their length and the sum by channels, as here. The teacher is
@@ -202,9 +204,9 @@ def linear_cka_distance(
         ``[batch]`` in 0..1, the scalar repeated: there is no value of one example. 1 where one side is constant.
 
     Source:
-        [CKA] Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, arXiv:1905.00414, section 3
-        (biased estimator); as a loss: Saha et al., "Distilling Representational Similarity using Centered Kernel Alignment",
-        BMVC 2022.
+        [CKA] Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, arXiv:1905.00414, linear
+        CKA (biased estimator); in distillation: Zhou et al., "Rethinking Centered Kernel Alignment in Knowledge Distillation",
+        IJCAI 2024, arXiv:2401.11824.
 
     Code versus paper:
         No code was compared. Products are taken between examples or between features, whichever is smaller. The teacher is

@@ -38,7 +38,7 @@ def rkd_distance(
         ``[batch]``, one value for each anchor i.
 
     Source:
-        [RKD-D] Park et al., "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, equations 5-7.
+        [RKD-D] Park et al., "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, the distance-wise loss.
 
     Code versus paper:
         As the code: the mean is over all B² pairs (i = j gives 0) with weight 25, beside 50 for `rkd_angle`, and squared distances
@@ -89,7 +89,7 @@ def rkd_angle(
         ``[batch]``, one value for each anchor i.
 
     Source:
-        [RKD-A] Park et al., "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, equations 8-10.
+        [RKD-A] Park et al., "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, the angle-wise loss.
 
     Code versus paper:
         As the code: the mean is over all B³ triples (0 where two of them agree), with weight 50. The teacher is detached.

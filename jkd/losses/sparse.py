@@ -20,8 +20,8 @@ from jkd.losses._common import (
     kl,
     log_softmax,
     masked_logsumexp,
-    per_class,
     promote,
+    tempered,
 )
 from jkd.losses._typing import Array, Float, Int, PerPosition, Real
 
@@ -48,7 +48,7 @@ def _topk(student_logits, teacher_ids, teacher_log_probs, teacher_leftover, tail
     if tail not in ("zero", "renormalise", "ghost"):
         raise ValueError(f"tail must be 'zero', 'renormalise' or 'ghost', got {tail!r}")
     student, log_p = promote(student_logits, teacher_log_probs)
-    student, log_p = student / per_class(temperature), log_p / per_class(temperature)
+    student, log_p = tempered(student, temperature), tempered(log_p, temperature)
     real = log_p > -jnp.inf
     chosen = jnp.take_along_axis(student, teacher_ids, axis=-1, mode="clip")
     if tail == "ghost":
@@ -61,7 +61,7 @@ def _topk(student_logits, teacher_ids, teacher_log_probs, teacher_leftover, tail
             )
         leftover = jnp.asarray(teacher_leftover, log_p.dtype)[..., None]
         some = leftover > 0
-        ghost = jnp.where(some, jnp.log(jnp.where(some, leftover, 1)), -jnp.inf) / per_class(temperature)
+        ghost = tempered(jnp.where(some, jnp.log(jnp.where(some, leftover, 1)), -jnp.inf), temperature)
         # The student's own rest is summed over the classes that were not kept: 1 - sum of the kept would cancel.
         vocab = student.shape[-1]
         outside = jnp.put_along_axis(
@@ -104,8 +104,9 @@ def topk_forward_kl(
         ``[...]`` in nats.
 
     Source:
-        [top-k KD] Raman et al., "For Distillation, Tokens Are Not All You Need", 2023; policies as in DistillKit
-        (``distillkit/lossfuncs``).
+        [top-k KD] the policies of DistillKit (``distillkit/lossfuncs/common.py`` and ``kl.py``); how ``zero`` biases the
+        student: Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", ACL 2025,
+        arXiv:2503.16870.
 
     Code versus paper:
         DistillKit clamps both rests to [1e-8, 1 - 1e-8]; here they are exact.
@@ -180,7 +181,7 @@ def sampled_forward_kl(
 
     Source:
         [RS-KD] Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", ACL 2025,
-        arXiv:2503.16870, section 4. About 50 draws are about 12 different ids.
+        arXiv:2503.16870, random sampling knowledge distillation. About 50 draws are about 12 different ids.
 
     Example:
         >>> ids, weights = jnp.array([0, 1]), jnp.array([0.5, 0.5])
@@ -218,7 +219,7 @@ def uld(
 
     Source:
         [ULD] Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs", TMLR 2025,
-        arXiv:2402.12030, section 3.
+        arXiv:2402.12030, the Wasserstein distance under a uniform cost.
 
     Example:
         >>> print(f"{uld(jnp.log(jnp.array([0.2, 0.8])), jnp.log(jnp.array([0.5, 0.3, 0.2]))):.4f}")

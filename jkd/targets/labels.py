@@ -53,7 +53,7 @@ def hard(teacher_logits: Real[Array, "*batch classes"]) -> Float[Array, "*batch 
 
     Source:
         [FKD, hard] Shen, Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, arXiv:2112.01528,
-        section 3.3.
+        hardened labels.
 
     Example:
         >>> print(hard(jnp.array([1.0, 3.0])))
@@ -74,7 +74,7 @@ def smoothed(teacher_logits: Real[Array, "*batch classes"]) -> Float[Array, "*ba
 
     Source:
         [FKD, label smoothing] Shen, Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022,
-        arXiv:2112.01528, section 3.3.
+        arXiv:2112.01528, smoothed labels.
 
     Example:
         >>> print(np.exp(smoothed(jnp.log(jnp.array([0.1, 0.6, 0.3])))).round(2))
@@ -95,7 +95,7 @@ def marginal(teacher_logits: Real[Array, "*batch classes"], *, k: int = 5) -> Fl
 
     Source:
         [FKD, MS] Shen, Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, arXiv:2112.01528,
-        section 3.3 (marginal smoothing with top-k).
+        marginal smoothing with top-k.
 
     Example:
         >>> print(np.exp(marginal(jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1])), k=2)).round(2))
@@ -119,7 +119,7 @@ def renormalised(teacher_logits: Real[Array, "*batch classes"], *, k: int = 5) -
 
     Source:
         [FKD, MR] Shen, Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, arXiv:2112.01528,
-        section 3.3 (marginal re-norm with top-k).
+        marginal re-norm with top-k.
 
     Example:
         >>> print(np.exp(renormalised(jnp.log(jnp.array([0.4, 0.2, 0.2, 0.2])), k=1)).round(2))
@@ -144,7 +144,7 @@ def progressive(
 
     Source:
         [PS-KD] Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021, arXiv:2006.12000,
-        equations 4-5.
+        the softened targets and the growth of alpha.
 
     Example:
         >>> print(np.exp(progressive(jnp.zeros(2), jnp.array(1), alpha=0.5)).round(2))
@@ -172,8 +172,8 @@ def lelp_split(
         ``[..., classes * subclasses]`` log-probabilities, class by class; the student has that many outputs.
 
     Source:
-        [LELP] Loo et al., "Linear Projections of Teacher Embeddings for Few-Class Distillation", 2024, arXiv:2409.20449,
-        section 3.
+        [LELP] Loo et al., "Linear Projections of Teacher Embeddings for Few-Class Distillation", 2024, arXiv:2409.20449, the
+        pseudo-subclasses.
 
     Code versus paper:
         No code was published.
@@ -206,8 +206,8 @@ def lelp_merge(student_logits: Real[Array, "*batch outputs"], *, subclasses: int
         ``[..., classes]`` logits.
 
     Source:
-        [LELP] Loo et al., "Linear Projections of Teacher Embeddings for Few-Class Distillation", 2024, arXiv:2409.20449,
-        section 3.
+        [LELP] Loo et al., "Linear Projections of Teacher Embeddings for Few-Class Distillation", 2024, arXiv:2409.20449, the
+        pseudo-subclasses.
 
     Example:
         >>> print(lelp_merge(jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4])), subclasses=2).shape)

@@ -17,6 +17,7 @@ from jkd.losses._common import (
     per_class,
     promote,
 )
+from jkd.losses._maps import einsum
 from jkd.losses._typing import Array, Float, Key, PerPosition, Real, Scalar
 
 
@@ -37,8 +38,8 @@ def standardize(logits: Real[Array, "*batch classes"], *, eps: float = 1e-7) -> 
         ``[..., classes]``; all equal logits give 0. The paper goes on with `losses.forward_kl` at T = 2 and coef 9.
 
     Source:
-        [LS-KD, Z-score] Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427,
-        algorithm 1.
+        [LS-KD, Z-score] Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, arXiv:2403.01427, Z-score
+        standardisation.
 
     Example:
         >>> print(standardize(jnp.array([1.0, 2.0, 3.0])))
@@ -67,8 +68,8 @@ def smooth(teacher_logits: Real[Array, "*batch classes"], *, epsilon: Scalar = 0
         ``[..., classes]`` log-probabilities.
 
     Source:
-        [LS] Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7, with p in the
-        label's place.
+        [LS] Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, arXiv:1512.00567,
+        label-smoothing regularisation with p in the label's place.
 
     Example:
         >>> print(np.exp(smooth(jnp.log(jnp.array([1.0, 0.0])))).round(2))
@@ -92,7 +93,7 @@ def sharpen(teacher_logits: Real[Array, "*batch classes"], *, temperature: PerPo
 
     Source:
         [sharpening] Berthelot et al., "MixMatch: A Holistic Approach to Semi-Supervised Learning", NeurIPS 2019,
-        arXiv:1905.02249, equation 7.
+        arXiv:1905.02249, the sharpening function.
 
     Example:
         >>> print(np.exp(sharpen(jnp.log(jnp.array([0.75, 0.25])))).round(2))
@@ -129,7 +130,7 @@ def mean_probabilities(
 
     Source:
         [MEAL V2] Shen, Savvides, "MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks", 2020,
-        arXiv:2009.08453, equation 1.
+        arXiv:2009.08453, the average of the teachers' softmax predictions.
 
     Example:
         >>> two = jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]]))
@@ -161,7 +162,7 @@ def mean_logits(
         ``[..., classes]`` logits.
 
     Source:
-        [CV-DD] Cui et al., "Dataset Distillation via Committee Voting", 2025, arXiv:2501.07575.
+        [CV-DD] Cui et al., "Dataset Distillation via Committee Voting", 2025, arXiv:2501.07575, the voted soft labels.
 
     Example:
         >>> print(mean_logits(jnp.array([[0.0, 2.0], [1.0, 0.0]])))
@@ -172,7 +173,7 @@ def mean_logits(
     if weights is None:
         return jnp.mean(logits, axis=0)
     shares = jnp.asarray(weights, logits.dtype)
-    return jnp.tensordot(shares / jnp.sum(shares), logits, axes=1)
+    return einsum("k,k...c->...c", shares / jnp.sum(shares), logits)
 
 
 def noise(
@@ -219,7 +220,7 @@ def interpolate(
 
     Source:
         [TAID] Shing et al., "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in Language
-        Models", ICLR 2025, arXiv:2501.16937, equation 3.
+        Models", ICLR 2025, arXiv:2501.16937, the interpolation of logits.
 
     Example:
         >>> print(interpolate(jnp.array([0.0, 1.0]), jnp.array([2.0, 1.0]), t=0.25))
@@ -251,7 +252,7 @@ def prototype(
 
     Source:
         [PS-TTL] Gao et al., "PS-TTL: Prototype-based Soft-labels and Test-Time Learning for Few-shot Object Detection", ACM MM
-        2024, arXiv:2408.05674, section 3.3.
+        2024, arXiv:2408.05674, the prototype-based soft labels.
 
     Example:
         >>> print(prototype(jnp.array([2.0, 0.0]), jnp.eye(2)))
@@ -265,7 +266,7 @@ def prototype(
             f"got {describe(prototypes)}"
         )
     features, means = promote(teacher_features, prototypes)
-    logits = scale * (normalize(features) @ normalize(means).T)
+    logits = scale * einsum("...d,cd->...c", normalize(features), normalize(means))
     if background is None:
         return logits
     return jnp.concatenate([logits, jnp.full((*logits.shape[:-1], 1), background, logits.dtype)], axis=-1)

@@ -80,6 +80,10 @@ DIVERGENCES = [
     divergence("forward_kl", f.forward_kl),
     divergence("forward_kl/T=4", f.forward_kl, hyper={"temperature": 4.0}),
     divergence("reverse_kl", f.reverse_kl, hyper={"temperature": 2.0}),
+    # From 64 classes on these three are computed from the logits.
+    divergence("soft_cross_entropy/wide", f.soft_cross_entropy, hyper={"temperature": 2.0}, twins=None, size=80, bad={}),
+    divergence("forward_kl/wide", f.forward_kl, hyper={"temperature": 2.0}, size=80, bad={}),
+    divergence("reverse_kl/wide", f.reverse_kl, hyper={"temperature": 2.0}, size=80, bad={}),
     divergence("jeffreys", f.jeffreys, hyper={"temperature": 2.0}),
     divergence("js", f.js, hyper={"beta": 0.3, "temperature": 2.0}),
     divergence("js/0", f.js, hyper={"beta": 0.0}),

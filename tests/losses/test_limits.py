@@ -37,7 +37,7 @@ def at(p, labels):
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_kl_is_dkd_with_the_teachers_own_weight(pair, labels, temperature):
-    """KL = TCKD + (1 - p_y) NCKD (Zhao et al., equation 5)."""
+    """KL = TCKD + (1 - p_y) NCKD (Zhao et al., their reformulation of KD)."""
     student, teacher = pair
 
     def dkd(alpha, beta):
@@ -122,6 +122,38 @@ def test_temperature_for_each_position(pair):
     temperature = jnp.linspace(1.0, 4.0, 6)
     expected = [losses.forward_kl(*(z[i] for z in pair), temperature=float(temperature[i])) for i in range(6)]
     equal(losses.forward_kl(*pair, temperature=temperature), jnp.stack(expected))
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "soft_cross_entropy", "dkd", "topk_forward_kl"])
+def test_a_learned_temperature_has_its_slope_beside_masked_classes(name, classes):
+    """The value's derivative with respect to T is that without the classes at -inf (or the padding of a sparse teacher)."""
+    rng = np.random.default_rng(2)
+    short = [jnp.asarray(2 * rng.normal(size=(6, classes))) for _ in range(2)]
+    long = [jnp.concatenate([z, jnp.full((6, 3), -jnp.inf)], -1) for z in short]
+    more = {"dkd": (jnp.arange(6),)}.get(name, ())
+
+    def slope(student, *teacher):
+        function = getattr(losses, name)
+        return jax.grad(lambda t: function(student, *teacher, *more, temperature=t).sum())(2.0)
+
+    if name == "topk_forward_kl":
+        ids, log_p, rest = kept(short[1], 3)
+        padding = (jnp.concatenate([x, jnp.full((6, 1), fill)], -1) for x, fill in ((ids, 0), (log_p, -jnp.inf)))
+        equal(slope(long[0], *padding, rest), slope(short[0], ids, log_p, rest))
+    else:
+        equal(slope(*long), slope(*short))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "soft_cross_entropy"])
+def test_a_class_that_one_side_masks_contributes_nothing(name):
+    """Over few and over many classes: what is written from log-probabilities, with the class's term left out."""
+    rng = np.random.default_rng(3)
+    for classes in (8, 100):
+        q, p = (jax.nn.log_softmax(jnp.asarray(2 * rng.normal(size=classes)).at[i].set(-jnp.inf)) for i in (1, 2))
+        both = np.setdiff1d(np.arange(classes), [1, 2])
+        terms = {"forward_kl": jnp.exp(p) * (p - q), "reverse_kl": jnp.exp(q) * (q - p), "soft_cross_entropy": -jnp.exp(p) * q}
+        equal(getattr(losses, name)(q, p), terms[name][both].sum())
 
 
 def test_adaptive_kl_lies_between_its_two_divergences(pair):

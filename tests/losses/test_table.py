@@ -241,6 +241,33 @@ def test_sharded_over_eight_devices(case):
         close(sharded_gradient[name], array, rtol=1e-5)
 
 
+def products(jaxpr):
+    """Every matrix product of a program, those of its loops and branches too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(parameter, "eqns") or hasattr(parameter, "jaxpr"):
+                yield from products(getattr(parameter, "jaxpr", parameter))
+
+
+@every
+def test_products_keep_the_digits_of_their_inputs(case):
+    """By default a GPU or TPU rounds float32 operands to 10 or 7 bits: every product asks for all, forward and backward."""
+    inputs = device(cast(case.draw(), np.float32))
+    moved, _ = split(case, inputs)
+    program = jax.make_jaxpr(jax.grad(lambda moved: jnp.sum(case.call(inputs | moved))))(moved)
+    for product in products(program.jaxpr):
+        precision = product.params["precision"]
+        assert precision is not None, product
+        assert set(precision) == {jax.lax.Precision.HIGHEST}
+
+
+def test_products_are_found():
+    program = jax.make_jaxpr(lambda x: jax.lax.map(lambda row: row @ x, x))(jnp.ones((3, 3)))
+    assert [product.params["precision"] for product in products(program.jaxpr)] == [None]
+
+
 @every
 def test_batch_permutation_commutes(case):
     if case.ordered:
