@@ -25,13 +25,19 @@ def two_stages(name: str, run: Run, initial: Recipe, *, steps: int, **changes: A
         steps: of the first stage.
         changes: other fields of the first stage's run, its ``teacher`` for example.
     """
+    from jkd import teachers
+    from jkd.config import Ensemble, dependencies
+
     first = dataclasses.replace(run, recipe=initial, steps=steps, **changes)
 
     def second(**artifacts: Any) -> Run:
-        (student,) = artifacts.values()
-        return dataclasses.replace(run, student=student)
+        teacher = run.teacher
+        if isinstance(teacher, (str, Ensemble)):
+            teacher = teachers.named(teacher, artifacts)
+        return dataclasses.replace(run, student=artifacts[f"{name}_initial"], teacher=teacher)
 
-    # an experiment reads from a function's parameters which earlier node it needs
-    parameter = inspect.Parameter(f"{name}_initial", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    second.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
+    # an experiment reads from a function's parameters which earlier nodes it needs
+    needed = dict.fromkeys((f"{name}_initial", *dependencies(run)))
+    parameters = [inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY) for each in needed]
+    second.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return {f"{name}_initial": first, name: second}

@@ -9,10 +9,12 @@ import pytest
 import small
 import tiny
 
-from jkd import losses, optim
+import jkd
+from jkd import data, losses, models, optim
 from jkd.config import Experiment, Run, dependencies
 from jkd.errors import InputError
-from jkd.recipes import AB, CRD, FSP, FT, KD, OFD, SRRL, Combine, DeiT, SimKD, Standardized, Supervised, two_stages
+from jkd.recipes import AB, CRD, FSP, FT, KD, OFD, SRRL, Combine, DeiT, Match, SimKD, Standardized, Supervised, two_stages
+from jkd.recipes.projectors import Linear
 from jkd.resolve import make_context
 from jkd.step import make_eval_step
 
@@ -189,12 +191,27 @@ def test_two_stages_hand_the_student_on():
     teacher = Run(student=small.network(), recipe=Supervised(), optimizer=optim.sgd(0.1), steps=1)
     experiment = Experiment(teacher=teacher, **nodes)
     assert list(experiment.nodes) == ["teacher", "ab_initial", "ab"]
-    assert dependencies(experiment.nodes["ab"]) == ("ab_initial",)
+    assert dependencies(experiment.nodes["ab"]) == ("ab_initial", "teacher")
     initial = experiment.nodes["ab_initial"]
     assert (initial.recipe, initial.steps, initial.batch_size) == (first, 30, 64)
-    then = experiment.nodes["ab"](ab_initial=small.student())
+    then = experiment.nodes["ab"](ab_initial=small.student(), teacher=small.teacher())
     assert then.student is small.student()
+    assert then.teacher is small.teacher()
     assert (then.recipe, then.steps, then.batch_size) == (Supervised(), 100, 128)
+
+
+def test_two_stages_train_one_after_the_other():
+    teacher = models.mlp.Config(features=64, hidden=(16,), classes=10)
+    student = models.mlp.Config(features=64, hidden=(8,), classes=10)
+    shared = dict(data=data.digits(), optimizer=optim.adamw(3e-3), batch_size=64, evaluate_every=0, checkpoint_every=0)
+    hint = Match(student_taps=("layers/0",), teacher_taps=("layers/0",), projector=Linear(), task_weight=0.0)
+    then = Run(student=student, teacher="teacher", recipe=KD(), steps=1, **shared)
+    experiment = Experiment(
+        teacher=Run(student=teacher, recipe=Supervised(), steps=2, **shared), **two_stages("both", then, hint, steps=60)
+    )
+    found = jkd.train(experiment)
+    initial, last = (found.artifacts[name].params["layers"]["0"]["linear"]["kernel"] for name in ("both_initial", "both"))
+    assert 0 < tiny.distance(last, initial) < 0.1  # one step away from where the first stage ended
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------------------
