@@ -6,9 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import small
+import tiny
 
 from jkd import recipes
+from jkd.data import At
 from jkd.recipe import Recipe
 from jkd.recipes.projectors import Linear, Pointwise, Regressor
 
@@ -28,6 +32,7 @@ class Row:
         independent: arguments that uncouple the examples (no BatchNorm in a projector), where there are such; else None.
         student, teacher: options of the small networks.
         rate: learning rate at which 50 steps of Adam lower its loss.
+        run: further fields of the run (the views that the recipe needs).
     """
 
     make: Callable[..., Recipe]
@@ -35,6 +40,7 @@ class Row:
     student: dict[str, Any] = dataclasses.field(default_factory=dict)
     teacher: dict[str, Any] = dataclasses.field(default_factory=dict)
     rate: float = 3e-3
+    run: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def row(kind: Callable[..., Recipe], independent: dict[str, Any] | None = None, /, *, nets: Any = None, **given: Any) -> Row:
@@ -43,6 +49,22 @@ def row(kind: Callable[..., Recipe], independent: dict[str, Any] | None = None, 
 
     return Row(make, independent, **(nets or {}))
 
+
+def noise(batch, key):
+    return {**batch, "image": batch["image"] + 0.1 * jax.random.normal(key, batch["image"].shape)}
+
+
+def stream(batch, key):
+    """Twice as many unlabelled rows as the batch has."""
+    twice = {name: jnp.concatenate([batch[name], batch[name][::-1]]) for name in ("image", "weight")}
+    twice["image"] = twice["image"] * 0.9
+    return {**batch, "unlabelled": {**twice, "index": jnp.arange(2 * len(batch["weight"]))}}
+
+
+STRONG = {"run": {"augment": (recipes.View("strong", noise),)}}
+STREAM = {"run": {"augment": (stream, At("unlabelled", recipes.View("strong", noise)))}}
+SECOND = {"run": {"augment": (stream, At("unlabelled", recipes.View("second", noise)))}}
+NEGATIVE = {"run": {"augment": (recipes.View("negative", noise),)}}
 
 ROWS = {
     "Supervised": row(recipes.Supervised),
@@ -74,4 +96,16 @@ ROWS = {
     "SimKD": row(recipes.SimKD, {"batch_norm": False}, **LATE),
     "SRRL": row(recipes.SRRL, {"projector": Pointwise(relu=True)}, **LATE),
     "DeiT": row(recipes.DeiT, nets={"student": {"token": True}}),
+    "PSKD": row(recipes.PSKD),
+    "ELR": row(recipes.ELR),
+    "MeanTeacher": row(recipes.MeanTeacher, weight=10.0, nets=SECOND),
+    "FixMatch": row(recipes.FixMatch, threshold=0.4, nets=STREAM),
+    "FlexMatch": row(recipes.FlexMatch, threshold=0.4, examples=2 * tiny.ROWS, nets=STREAM),
+    "DHKD": row(recipes.DHKD, student_taps=("pool",)),
+    "DHO": row(recipes.DHO, student_taps=("pool",), nets=SECOND),
+    "CTKD": row(recipes.CTKD),
+    "MLLD": row(recipes.MLLD, nets=STRONG),
+    "MarginMSE": row(recipes.MarginMSE, nets=NEGATIVE),
+    "PLD": row(recipes.PLD),
+    "USKD": row(recipes.USKD, student_taps=("early",)),
 }

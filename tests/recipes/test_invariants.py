@@ -16,6 +16,7 @@ import tiny
 from jkd import optim, recipes
 from jkd.checkpoint import Checkpoints
 from jkd.config import Run
+from jkd.context import augment
 from jkd.errors import InputError
 from jkd.recipe import Recipe
 from jkd.resolve import make_context
@@ -42,6 +43,7 @@ def run_of(name: str, recipe: Recipe, **fields) -> Run:
         teacher=small.teacher(**row.teacher) if recipe.needs_teacher else None,
         optimizer=optim.from_optax(row.rate, recorded),
         steps=STEPS,
+        **row.run,
         **fields,
     )
 
@@ -129,7 +131,7 @@ def test_no_gradient_reaches_the_teacher_unless_declared(name):
     if not recipe.needs_teacher:
         pytest.skip("it has no teacher")
     made = engine(name)
-    rows = tiny.batch()
+    rows = augment(made.ctx.run, tiny.batch(), jax.random.key(2))
 
     def loss(params, state, frozen):
         terms = small.evaluate(made.ctx, state, {**frozen, "params": {"teacher": params}}, rows)

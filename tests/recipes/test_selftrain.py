@@ -1,0 +1,159 @@
+"""Learning from unlabelled examples: the numbers, FlexMatch's memory by hand, and few labels made to go further."""
+
+from __future__ import annotations
+
+import claims
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+import tiny
+from scipy.special import log_softmax, softmax
+
+from jkd import data, optim
+from jkd.errors import InputError
+from jkd.recipes import FixMatch, FlexMatch, MeanTeacher, View
+from jkd.recipes.selftrain import Rampup
+from jkd.resolve import make_context
+from jkd.schedules import Clock
+
+CLASSES = 5
+
+
+def logits(seed, count, sharpness=3.0):
+    return (sharpness * np.random.default_rng(seed).normal(size=(count, CLASSES))).astype(np.float32)
+
+
+def echoed(labelled: int = 4, unlabelled: int = 12, *, seed: int = 0) -> dict:
+    """A batch whose students answer what it says, on every view; one of the unlabelled rows is padding."""
+    rows = {"label": np.arange(labelled, dtype=np.int32) % CLASSES, "weight": np.ones(labelled, np.float32)}
+    rows |= {"student_logits": logits(seed, labelled), "teacher_logits": logits(seed + 10, labelled)}
+    weight = np.ones(unlabelled, np.float32)
+    weight[5] = 0
+    stream = {"student_logits": logits(seed + 1, unlabelled), "weight": weight}
+    stream |= {"index": np.arange(unlabelled, dtype=np.int32) * 2, "teacher_logits": logits(seed + 2, unlabelled)}
+    stream["strong"] = {"student_logits": logits(seed + 3, unlabelled), "weight": weight}
+    stream["second"] = {"teacher_logits": logits(seed + 4, unlabelled), "weight": weight}
+    return rows | {"unlabelled": stream}
+
+
+SIDES = dict(student=small.echo("student"), teacher=small.echo("teacher"))
+ALONE = SIDES | {"teacher": None}
+
+
+def test_fixmatch_divides_by_all_unlabelled_rows():
+    rows = echoed()
+    stream, found = rows["unlabelled"], small.Terms(FixMatch(threshold=0.6), rows, **ALONE)
+    p = softmax(np.float64(stream["student_logits"]), -1)
+    log_q = log_softmax(np.float64(stream["strong"]["student_logits"]), -1)
+    chosen = (p.max(-1) >= 0.6) & (stream["weight"] > 0)
+    assert 2 < chosen.sum() < 10
+    wanted = -(chosen * log_q[np.arange(12), p.argmax(-1)]).sum() / 11
+    np.testing.assert_allclose(found.mean("pseudo"), wanted, rtol=1e-5)
+    task = -log_softmax(np.float64(rows["student_logits"]), -1)[np.arange(4), rows["label"]].mean()
+    np.testing.assert_allclose(found.mean("task"), task, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_mean_teachers_agreement_is_between_two_views(stream):
+    rows = echoed() if stream else {key: value for key, value in echoed().items() if key != "unlabelled"}
+    found = small.Terms(MeanTeacher(), rows, **SIDES)
+    everything = rows["unlabelled"] if stream else rows
+    other = everything["second"] if stream else rows
+    q, p = (softmax(np.float64(z), -1) for z in (everything["student_logits"], other["teacher_logits"]))
+    wanted = (((q - p) ** 2).mean(-1) * everything["weight"]).sum() / everything["weight"].sum()
+    np.testing.assert_allclose(found.mean("agreement"), wanted, rtol=1e-5)
+
+
+def test_mean_teachers_weight_grows_as_the_authors():
+    ramp = Rampup(100.0, 4 / 15)
+    found = [float(ramp(Clock(step, 150_000, 0.0))) for step in (0, 20_000, 40_000, 150_000)]
+    np.testing.assert_allclose(found, [100 * np.exp(-5), 100 * np.exp(-1.25), 100, 100], rtol=1e-5)
+
+
+def test_flexmatchs_thresholds_are_those_of_a_hand_calculation():
+    """30 examples: counts 6, 3, 0, 1, 0 of 5 classes after some steps, 20 never chosen."""
+    recipe = FlexMatch(examples=30)
+    found = small.Terms(recipe, echoed(), **ALONE)
+
+    def cutoffs(counts):
+        memory = {**found.state.memory, "counts": jnp.array(counts)}
+        return np.asarray(recipe.cutoff(type(found.ctx.vars)(memory=memory), jnp.arange(CLASSES)))
+
+    # while most are unused: b = 6/20, 3/20, 0, 1/20, 0
+    wanted = 0.95 * np.array([0.3 / 1.7, 0.15 / 1.85, 0, 0.05 / 1.95, 0])
+    np.testing.assert_allclose(cutoffs([6, 3, 0, 1, 0, 20]), wanted, rtol=1e-5)
+    # later the best class sets the scale: b = 1, 1/2, 0, 1/12, 1/4
+    wanted = 0.95 * np.array([1, 0.5 / 1.5, 0, (1 / 12) / (23 / 12), 0.25 / 1.75])
+    np.testing.assert_allclose(cutoffs([12, 6, 0, 1, 3, 8]), wanted, rtol=1e-5)
+    np.testing.assert_array_equal(found.state.memory["counts"], [0, 0, 0, 0, 0, 30])
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_flexmatch_remembers_the_class_that_each_example_was_last_sure_of(microbatches):
+    """An answer that is not sure leaves what was written before; the step uses the thresholds from before it."""
+    recipe, examples = FlexMatch(threshold=0.7, examples=30), 30
+    steps = [echoed(seed=seed) for seed in (0, 20, 40)]
+    run = tiny.run(recipe=recipe, batch_size=4, optimizer=optim.sgd(0.0), microbatches=microbatches, **ALONE)
+    made = tiny.Engine(run, steps[0])
+    chosen, state = np.full(examples, -1), made.fresh()
+    for rows in steps:
+        stream = rows["unlabelled"]
+        p = softmax(np.float64(stream["student_logits"]), -1)
+        guess, sure = p.argmax(-1), (p.max(-1) >= 0.7) & (stream["weight"] > 0)
+        counts = np.bincount(np.where(chosen < 0, CLASSES, chosen), minlength=CLASSES + 1)
+        learned = counts[:CLASSES] / counts.max()
+        passed = (p.max(-1) >= (0.7 * learned / (2 - learned))[guess]) & (stream["weight"] > 0)
+        log_q = log_softmax(np.float64(stream["strong"]["student_logits"]), -1)
+        wanted = -(passed * log_q[np.arange(12), guess]).sum() / 11
+        chosen[stream["index"][sure]] = guess[sure]
+        state, metrics = made.step(state, made.frozen, made.put(rows))
+        np.testing.assert_allclose(metrics["term/pseudo"], wanted, rtol=1e-5)
+        np.testing.assert_array_equal(state.memory["chosen"].rows[:examples], chosen)
+        counts = np.bincount(np.where(chosen < 0, CLASSES, chosen), minlength=CLASSES + 1)
+        np.testing.assert_array_equal(state.memory["counts"], counts)
+    assert (chosen >= 0).sum() > 5
+
+
+def test_flexmatch_asks_the_data_how_many_unlabelled_examples_there_are():
+    digits = data.digits(labelled=0.1)
+    joined = data.join(data.labelled_only(digits), unlabelled=(digits, 2))
+    strong = data.At("unlabelled", View("strong", data.Crop(1)))
+    run = tiny.run(
+        recipe=FlexMatch(), student=claims.mlp(64, 8, 10), teacher=None, data=joined, batch_size=8, augment=(strong,)
+    )
+    shapes = make_context(run, devices=jax.devices()[:1]).vars.memory
+    assert shapes["chosen"].rows.shape == (digits.train_size,)
+
+
+def test_views_start_from_what_came_before_them_and_leave_the_batch_alone():
+    rows = {"image": jnp.zeros((4, 2, 2, 1)), "weight": jnp.ones(4), "other": {"weight": jnp.ones(2)}, "teacher": None}
+
+    def add(batch, key):
+        return {**batch, "image": batch["image"] + 1}
+
+    found = View("strong", add, add)(rows, jax.random.key(0))
+    assert set(found) == {*rows, "strong"}
+    assert set(found["strong"]) == {"image", "weight"}
+    assert (found["strong"]["image"] == 2).all()
+    assert found["image"] is rows["image"]
+
+
+MISSING = {
+    "FixMatch: the batch has no 'unlabelled'; data.join": lambda rows: {k: v for k, v in rows.items() if k != "unlabelled"},
+    "FixMatch: the batch has no 'strong'; Run.augment": lambda rows: (
+        rows | {"unlabelled": {k: v for k, v in rows["unlabelled"].items() if k != "strong"}}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MISSING)
+def test_a_stream_or_view_that_is_not_there_is_told(message):
+    with pytest.raises(InputError, match=message):
+        small.Terms(FixMatch(), MISSING[message](echoed()), **ALONE)
+
+
+def test_flexmatch_without_a_stream_says_what_to_give():
+    with pytest.raises(InputError, match="FlexMatch.examples = None"):
+        small.Terms(FlexMatch(), echoed(), **ALONE)
