@@ -60,7 +60,7 @@ class DHKD(_SecondHead):
     weight: float | Schedule = 1.0
     task_weight: float = 1.0
 
-    citation: ClassVar[str] = "Yang et al., Dual-Head Knowledge Distillation, AAAI 2025, arXiv:2411.08937"
+    citation: ClassVar[str] = "Yang et al., Dual-Head Knowledge Distillation, 2024, arXiv:2411.08937"
     family: ClassVar[str] = "heads"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "golden"
 
