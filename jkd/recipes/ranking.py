@@ -72,7 +72,9 @@ class PLD(Recipe):
 
     temperature: float | Schedule = 1.0
 
-    citation: ClassVar[str] = "Bassam, Zhu & Bian, PLD: A Choice-Theoretic List-Wise Knowledge Distillation, NeurIPS 2025, arXiv:2506.12542"
+    citation: ClassVar[str] = (
+        "Bassam, Zhu & Bian, PLD: A Choice-Theoretic List-Wise Knowledge Distillation, NeurIPS 2025, arXiv:2506.12542"
+    )
     family: ClassVar[str] = "ranking"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
