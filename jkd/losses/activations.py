@@ -82,5 +82,6 @@ def overhaul(
     student, teacher, margin = promote(student_features, teacher_features, margin)
     student, teacher = match(student, teacher)
     target = jnp.maximum(teacher, per_channel(margin, teacher))
-    counted = (student > target) | (target > 0)
-    return jnp.sum(jnp.square(jnp.where(counted, student - target, 0)), axis=(-3, -2, -1))
+    difference = student - target
+    # Below the target only positive ones count. Written so, XLA needs no memory beside the inputs.
+    return jnp.sum(jnp.square(jnp.where(target > 0, difference, jnp.maximum(difference, 0))), axis=(-3, -2, -1))
