@@ -152,8 +152,9 @@ class FlexMatch(FixMatch):
         rows = batch["unlabelled"]
         confidence, guess = confident(student["weak"])
         seen = {"index": rows["index"], "guess": guess, "sure": rows["weight"] * (confidence >= self.threshold)}
-        # as many rows as the batch, whatever the ratio: each entry travels with its own index
-        return jax.tree.map(lambda leaf: leaf.reshape(batch["weight"].shape[0], -1), seen)
+        # as many rows as the batch, whatever the ratio: each entry travels with its own index, and what is added is not sure
+        count = batch["weight"].shape[0]
+        return jax.tree.map(lambda leaf: jnp.pad(leaf, (0, -len(leaf) % count)).reshape(count, -1), seen)
 
     def remember(self, memory, observed, batch, *, terms, clock, key):
         chosen = memory["chosen"].write(*(observed[name].reshape(-1) for name in ("index", "guess", "sure")))

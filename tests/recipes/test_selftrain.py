@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import claims
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,9 @@ import tiny
 from scipy.special import log_softmax, softmax
 
 from jkd import data, optim
+from jkd.config import Ema, StudentEma
 from jkd.errors import InputError
-from jkd.recipes import FixMatch, FlexMatch, MeanTeacher, View
+from jkd.recipes import FixMatch, FlexMatch, MeanTeacher, Supervised, View
 from jkd.recipes.selftrain import Rampup
 from jkd.resolve import make_context
 from jkd.schedules import Clock
@@ -90,12 +93,12 @@ def test_flexmatchs_thresholds_are_those_of_a_hand_calculation():
     np.testing.assert_array_equal(found.state.memory["counts"], [0, 0, 0, 0, 0, 30])
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_flexmatch_remembers_the_class_that_each_example_was_last_sure_of(microbatches):
+@pytest.mark.parametrize(("labelled", "microbatches"), [(4, 1), (4, 2), (8, 1), (8, 2), (16, 1)])
+def test_flexmatch_remembers_the_class_that_each_example_was_last_sure_of(labelled, microbatches):
     """An answer that is not sure leaves what was written before; the step uses the thresholds from before it."""
     recipe, examples = FlexMatch(threshold=0.7, examples=30), 30
-    steps = [echoed(seed=seed) for seed in (0, 20, 40)]
-    run = tiny.run(recipe=recipe, batch_size=4, optimizer=optim.sgd(0.0), microbatches=microbatches, **ALONE)
+    steps = [echoed(labelled, seed=seed) for seed in (0, 20, 40)]
+    run = tiny.run(recipe=recipe, batch_size=labelled, optimizer=optim.sgd(0.0), microbatches=microbatches, **ALONE)
     made = tiny.Engine(run, steps[0])
     chosen, state = np.full(examples, -1), made.fresh()
     for rows in steps:
@@ -157,3 +160,58 @@ def test_a_stream_or_view_that_is_not_there_is_told(message):
 def test_flexmatch_without_a_stream_says_what_to_give():
     with pytest.raises(InputError, match="FlexMatch.examples = None"):
         small.Terms(FlexMatch(), echoed(), **ALONE)
+
+
+# --- few labels --------------------------------------------------------------------------------------------------------------
+
+SEEDS = range(3)
+EACH, SIZE, BATCH, STEPS = 2, 600, 100, 600
+
+
+def jitter(spread):
+    def add(batch, key):
+        return {**batch, "image": batch["image"] + spread * jax.random.normal(key, batch["image"].shape)}
+
+    return add
+
+
+def noisy(name: str, spread: float) -> dict:
+    """The run's augmentation: small noise on all rows, and a further view of the unlabelled ones."""
+    further = data.At("unlabelled", View(name, jitter(spread)))
+    return {"augment": (further, jitter(0.2), data.At("unlabelled", jitter(0.2)))}
+
+
+def accuracies(recipe, **fields) -> np.ndarray:
+    """On held-out examples of five clouds, of which two examples each have a label, for every seed."""
+    test, labelled = claims.clusters(2000, seed=99, spread=0.7), EACH * CLASSES
+
+    def batches(seed):
+        image, label = claims.clusters(SIZE, seed=seed, spread=0.7)
+        known = [np.flatnonzero(label == c)[:EACH] for c in range(CLASSES)]
+        rows = claims.rows(image, label, np.concatenate(known))
+        for i in claims.epochs(SIZE, BATCH, STEPS * BATCH // SIZE, seed):
+            yield rows | {"unlabelled": claims.rows(image, label, i)}
+
+    shared = dict(student=claims.mlp(10, 64, CLASSES), teacher=None, optimizer=optim.adamw(3e-3), batch_size=labelled)
+    trial = claims.Trial(tiny.run(recipe=recipe, steps=STEPS, **shared | fields), next(batches(0)), train_size=labelled)
+    students = [trial.student(batches(seed), seed=seed, average="ema" in fields) for seed in SEEDS]
+    return np.array([(trial.answers(student, test[0]).argmax(-1) == test[1]).mean() for student in students])
+
+
+@functools.cache
+def labels_alone() -> np.ndarray:
+    return accuracies(Supervised(), **noisy("second", 0.2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [FixMatch(), FlexMatch(examples=SIZE)], ids=["FixMatch", "FlexMatch"])
+def test_own_confident_answers_make_ten_labels_go_further(recipe):
+    found = accuracies(recipe, **noisy("strong", 0.7))
+    assert (found > labels_alone() + 0.03).all(), (found, labels_alone())
+
+
+@pytest.mark.slow
+def test_the_average_of_the_student_makes_ten_labels_go_further():
+    average = dict(teacher=StudentEma(), ema=Ema(decay=0.98, warmup=True))
+    found = accuracies(MeanTeacher(weight=Rampup(10.0, 0.5)), **average, **noisy("second", 0.2))
+    assert (found > labels_alone() + 0.01).all(), (found, labels_alone())
