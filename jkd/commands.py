@@ -131,8 +131,12 @@ def _default(config: str, experiment: Experiment, seeds: range | None) -> str:
 
 def _record(workdir: epath.Path, arguments: argparse.Namespace) -> None:
     """Keeps the config file and what was set, so that ``jkd eval`` needs the folder alone."""
-    (workdir / "config.py").write_text(configfile.find(arguments.config).read_text(encoding="utf-8"))
-    (workdir / "command.json").write_text(json.dumps({"config": arguments.config, "set": arguments.sets}, indent=1) + "\n")
+    from jkd.workdir import write_json
+
+    file = configfile.find(arguments.config)
+    (workdir / "config.py").write_text(file.read_text(encoding="utf-8"))
+    folder = str(file.parent.resolve())  # whose files it may import
+    write_json(workdir / "command.json", {"config": arguments.config, "folder": folder, "set": arguments.sets})
 
 
 def _over_seeds(summaries: list[dict[str, Any]], seeds: list[int], workdir: epath.Path) -> None:

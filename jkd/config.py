@@ -38,6 +38,10 @@ class Ema:
     warmup: bool = False
     groups: tuple[str, ...] = ("student",)
 
+    def __post_init__(self):
+        if not callable(self.decay) and not (isinstance(self.decay, (int, float)) and 0 <= self.decay <= 1):
+            raise InputError(f"Ema.decay = {self.decay!r}: give a number from 0 to 1 or a schedule")
+
 
 @dataclasses.dataclass(frozen=True)
 class StudentEma:
@@ -56,6 +60,9 @@ class Ensemble:
     members: tuple[Model | ModelConfig | str, ...]
     mean: Literal["probabilities", "logits"] = "probabilities"
 
+
+METRICS = ("accuracy", "nll", "ece", "agreement", "kl", "teacher_accuracy", "teacher_nll", "teacher_ece")
+"""What an evaluation may give (`jkd.evaluate`), and so what `Run.best` may name."""
 
 Teacher = Model | ModelConfig | Ensemble | StudentEma | str | None
 
@@ -108,8 +115,8 @@ class Run:
     ema: Ema | None = None
     evaluate_ema: bool = False
     trainable: tuple[str, ...] = ("*",)
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Callable[..., Any] | None = None
     microbatches: int = 1
     microbatch_statistics: Literal["global", "local"] = "global"
@@ -199,13 +206,22 @@ def _check_run(run: Run) -> None:
     if not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
         refuse("optimizer", "give one made by jkd.optim (optim.from_optax takes any optax transformation)")
     for field in ("compute_dtype", "teacher_dtype"):
-        if getattr(run, field) not in ("float32", "bfloat16", "float16"):
-            refuse(field, "give 'float32', 'bfloat16' or 'float16'")
+        if getattr(run, field) not in ("float32", "bfloat16"):
+            refuse(field, "give 'float32' or 'bfloat16' (float16 would need its loss scaled)")
     if run.microbatch_statistics not in ("global", "local"):
         refuse("microbatch_statistics", "give 'global' or 'local'")
     if not isinstance(run.student, Model) and not hasattr(run.student, "build"):
         refuse("student", "give a Model (models.from_nnx, …) or a model config (models.resnet.cifar(…), …)")
-    if isinstance(run.teacher, StudentEma) and run.ema is None:
-        refuse("ema", "a teacher that is the student's average needs Run.ema=Ema(…)")
-    if run.evaluate_ema and run.ema is None:
-        refuse("ema", "evaluate_ema needs Run.ema=Ema(…)")
+    averaged = run.ema is not None and "student" in run.ema.groups
+    if isinstance(run.teacher, StudentEma) and not averaged:
+        refuse("ema", "a teacher that is the student's average needs Run.ema=Ema(…) with the group 'student'")
+    if run.evaluate_ema and not averaged:
+        refuse("ema", "evaluate_ema needs Run.ema=Ema(…) with the group 'student'")
+    if run.seed < 0:
+        refuse("seed", "give a whole number that is not negative")
+    if not isinstance(run.augment, (tuple, list)) or not all(callable(function) for function in run.augment):
+        refuse("augment", "give a tuple of functions (batch, key) -> batch")
+    if run.remat is not None and not callable(run.remat):
+        refuse("remat", "give a policy of jax.checkpoint_policies")
+    if run.best is not None and run.best.removeprefix("-") not in METRICS:
+        refuse("best", f"no such metric{nearest(run.best.removeprefix('-'), METRICS)}")

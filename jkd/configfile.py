@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -72,11 +73,12 @@ def summary(path: Path) -> str:
     return text.partition("\n")[0]
 
 
-def load(path_or_name: str | os.PathLike[str]) -> Callable[..., Any]:
+def load(path_or_name: str | os.PathLike[str], *, beside: str | None = None) -> Callable[..., Any]:
     """The ``config`` function of a config file.
 
     Args:
         path_or_name: a ``.py`` file, or the name of a packaged config (``digits``).
+        beside: the folder whose files it may import; its own by default.
 
     Raises:
         InputError: no such file, a file that raises, or one without ``config()``.
@@ -91,8 +93,8 @@ def load(path_or_name: str | os.PathLike[str]) -> Callable[..., Any]:
 
         # the worker processes of `jkd.data.Data.workers` cannot import a config file
         cloudpickle.register_pickle_by_value(module)
-    beside = str(path.parent.resolve())
-    if beside not in sys.path and path.parent.resolve() != folder().resolve():
+    beside = beside or str(path.parent.resolve())
+    if beside not in sys.path and Path(beside) != folder().resolve():
         sys.path.append(beside)  # a config may import what lies beside it; last, so that it hides nothing
     try:
         # no cached bytecode: its time stamps are too coarse for a file that was just edited
@@ -163,7 +165,36 @@ def _explained(error: Exception, file: str) -> InputError:
     if isinstance(error, InputError):
         return InputError(f"{where}: {error}")
     text = (str(error).strip().splitlines() or [""])[0]
-    return InputError(f"{where}: {type(error).__name__}{': ' if text else ''}{text}")
+    return InputError(f"{where}: {type(error).__name__}{': ' if text else ''}{text}{_meant(error)}")
+
+
+def _meant(error: Exception) -> str:
+    """The nearest name after a misspelt field of one of jkd's dataclasses or a misspelt attribute of its modules."""
+    if isinstance(error, AttributeError) and error.name and inspect.ismodule(error.obj):
+        return nearest(error.name, [name for name in dir(error.obj) if not name.startswith("_")])
+    unknown = re.match(r"(?:\w+\.)*?(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if isinstance(error, TypeError) and unknown:
+        for called in _called(error, unknown[1]):
+            return nearest(unknown[2], inspect.signature(called).parameters)
+    return ""
+
+
+def _called(error: Exception, name: str) -> list[Any]:
+    """What the frame that raised calls by this name: in its variables, or in a module among them."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return []
+    names = {**trace.tb_frame.f_globals, **trace.tb_frame.f_locals}
+    modules = [value for value in names.values() if inspect.ismodule(value)]
+    modules += [value for module in modules for value in vars(module).values() if inspect.ismodule(value) and _ours(value)]
+    found = [names.get(name), *(getattr(module, name, None) for module in modules if _ours(module))]
+    return [value for value in found if callable(value)]
+
+
+def _ours(module: types.ModuleType) -> bool:
+    return module.__name__.partition(".")[0] == "jkd"
 
 
 def shrink(experiment: Experiment, *, steps: int = 2, batch_size: int = 8, examples: int = 32) -> Experiment:

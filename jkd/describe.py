@@ -15,9 +15,10 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
-from jkd import codehash, fingerprint, sharding, state, step, trees
-from jkd.config import Ensemble, Experiment, Run, StudentEma, every
+from jkd import codehash, fingerprint, sharding, state, step, teachers, trees
+from jkd.config import Experiment, Run, StudentEma, every
 from jkd.context import Context
+from jkd.errors import InputError
 from jkd.recipe import Vars
 from jkd.resolve import build, make_context
 from jkd.types import Model, Term, Tree
@@ -112,14 +113,25 @@ def _of_first_input(closed: core.ClosedJaxpr, output: core.Var) -> Callable[[int
     return lambda value: float(core.jaxpr_as_fun(small)(np.int32(value))[0])
 
 
+def _context(run: Run) -> Context:
+    """The run's context; of data that is not on this machine the shapes are known and the size is not."""
+    if run.data is None:
+        return make_context(run)
+    try:
+        size: int | None = run.data.train_size
+    except InputError:
+        size = None
+    return make_context(run, run.data.spec(run.batch_size), train_size=size)
+
+
 def _node(name: str, run: Run, students: dict[str, Model]) -> str:
-    resolved = dataclasses.replace(run, teacher=_without_names(run.teacher, students))
+    resolved = dataclasses.replace(run, teacher=teachers.unweighted(run.teacher, students))
     unknown = resolved.teacher is None and run.teacher is not None
     lines = [f"{name}", "=" * len(name), *_config(run)]
     if unknown:
         lines += ["", f"teacher: what the node {run.teacher!r} gives; shapes are known when it has run"]
         return "\n".join(lines) + "\n"
-    ctx = make_context(resolved)
+    ctx = _context(resolved)
     lines += ["", *_sides(ctx), "", *_paths(ctx)]
     if own := ctx.vars.params:
         lines += ["", "parameters of the recipe"]
@@ -129,16 +141,6 @@ def _node(name: str, run: Run, students: dict[str, Model]) -> str:
     lines += ["", "terms", *_columns([(term, _coefficient(*ends)) for term, ends in terms(ctx).items()])]
     lines += ["", "memory of the state, MiB", *_memory(ctx)]
     return "\n".join(lines) + "\n"
-
-
-def _without_names(teacher: Any, students: dict[str, Model]) -> Any:
-    """The teacher with earlier runs' networks for their names; None where a name is that of a function."""
-    if isinstance(teacher, str):
-        return students.get(teacher)
-    if isinstance(teacher, Ensemble):
-        members = tuple(_without_names(member, students) for member in teacher.members)
-        return None if None in members else dataclasses.replace(teacher, members=members)
-    return teacher
 
 
 def _config(run: Run) -> list[str]:

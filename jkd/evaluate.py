@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,10 +26,12 @@ def measure(student: Outputs, teacher: Outputs | None, batch: Batch) -> Sums:
     """Weighted sums over a batch that `summarise` turns into metrics; sums of batches add up.
 
     Args:
-        student: with logits ``[..., classes]``.
+        student: with logits ``[..., classes]``; of one without them nothing is measured.
         teacher: likewise, or None.
         batch: ``label`` int ``[...]`` and the weights.
     """
+    if not student.has_logits:
+        return {}
     weight = label_weight(batch)
     everyone = batch["weight"]
     logits = student.logits.astype(jnp.float32)
@@ -68,12 +70,15 @@ def summarise(sums: dict[str, Any]) -> dict[str, float]:
     """Metrics from `measure`'s sums.
 
     ``accuracy`` 0..1, ``nll`` nats, ``ece`` 0..1; with a teacher also ``agreement`` (share of equal first choices), ``kl``
-    (KL(teacher || student), nats), ``teacher_accuracy``, ``teacher_nll`` and ``teacher_ece``.
+    (KL(teacher || student), nats), ``teacher_accuracy``, ``teacher_nll`` and ``teacher_ece``. What needs labels is left out where
+    no example has one.
     """
     sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
 
     def task(prefix: str) -> dict[str, float]:
-        total = max(float(sums[f"{prefix}weight"]), 1e-12)
+        total = float(sums[f"{prefix}weight"])
+        if not total:
+            return {}
         gap = np.abs(sums[f"{prefix}bin_confidence"] - sums[f"{prefix}bin_correct"])
         return {
             f"{prefix}accuracy": float(sums[f"{prefix}correct"]) / total,
@@ -81,23 +86,30 @@ def summarise(sums: dict[str, Any]) -> dict[str, float]:
             f"{prefix}ece": float(gap.sum()) / total,
         }
 
-    metrics = task("")
-    if "agreement" in sums:
-        everyone = max(float(sums["all"]), 1e-12)
+    metrics = task("") if sums else {}
+    if sums.get("all"):
+        everyone = float(sums["all"])
         metrics |= {name: float(sums[name]) / everyone for name in ("agreement", "kl")} | task("teacher_")
     return metrics
 
 
-def make_evaluate(
-    ctx: Context, batches: Callable[[], Iterable[Batch]], *, ema: bool = False
-) -> Callable[[State, Frozen], dict[str, float]]:
-    """``evaluate(state, frozen) -> metrics`` over all of ``batches()`` (this host's rows of each global batch)."""
-    eval_step = make_eval_step(ctx, measure, ema=ema)
+def make_evaluate(ctx: Context) -> Callable[[State, Frozen], dict[str, float]] | None:
+    """``evaluate(state, frozen) -> metrics`` over the run's evaluation data; None where it has none.
+
+    What is measured is the recipe's product, with the average in the student's place where the run says so.
+    """
+    run, process = ctx.run, (jax.process_index(), jax.process_count())
+    data = run.data
+    if data is None or not data.has_eval:
+        return None
+    # the training batch, or the smallest multiple of the mesh that holds a smaller evaluation set
+    rows = min(run.batch_size, -(-data.eval_size // ctx.batch_shards) * ctx.batch_shards)
+    eval_step = make_eval_step(ctx, measure, ema=run.evaluate_ema)
 
     def evaluate(state: State, frozen: Frozen) -> dict[str, float]:
         total: Sums | None = None
-        for rows in batches():
-            sums = eval_step(state, frozen, sharding.put_batch(rows, ctx.mesh))
+        for batch in data.eval_batches(rows, process=process):
+            sums = eval_step(state, frozen, sharding.put_batch(batch, ctx.mesh))
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         return summarise(jax.device_get(total)) if total is not None else {}
 

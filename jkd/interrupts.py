@@ -17,6 +17,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._wish = False
+        self._asked = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -30,11 +31,14 @@ class Interrupts:
         for each, handler in self._before.items():
             signal.signal(each, handler)
 
-    def stop(self, step: int) -> bool:
+    def stop(self) -> bool:
+        """Whether to stop after the step that runs; every process asks once a step."""
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            return multihost_utils.reached_preemption_sync_point(step)
+            # counted over all runs of an experiment: the agreed point is a number that all have yet to reach
+            self._asked += 1
+            return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._wish
 
     def __exit__(self, *_: Any) -> None:

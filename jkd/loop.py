@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from jkd import fingerprint, metrics, provenance, sharding, teachers, trees
+from jkd.check import check
 from jkd.checkpoint import Checkpoints
 from jkd.config import Ensemble, Experiment, Run, dependencies, every
 from jkd.context import Context
@@ -25,10 +26,10 @@ from jkd.feed import Feed
 from jkd.interrupts import Interrupts
 from jkd.networks import models_of
 from jkd.resolve import make_context
-from jkd.state import Frozen, State, freeze, init_state, state_shapes, state_shardings
+from jkd.state import Frozen, State, freeze, init_state, step_shapes
 from jkd.step import make_step, make_term_gradients
 from jkd.types import Batch, Model
-from jkd.workdir import claim
+from jkd.workdir import claim, write_json
 
 Summary = dict[str, Any]
 
@@ -102,6 +103,8 @@ def train(experiment: Experiment | Run, workdir: Any = None, *, listener: Listen
     experiment = Experiment(student=experiment) if isinstance(experiment, Run) else experiment
     listener = listener or Listener()
     folder = None if workdir is None else claim(epath.Path(workdir), experiment)
+    if len(experiment.nodes) > 1:
+        check(experiment)  # a mistake in the last run must not wait until the first has trained
     used = {name for node in experiment.nodes.values() for name in dependencies(node)}
     done: dict[str, _Finished] = {}
     artifacts = _Artifacts()
@@ -120,7 +123,7 @@ def train(experiment: Experiment | Run, workdir: Any = None, *, listener: Listen
             artifacts.add(name, finished)
             if folder is not None and jax.process_index() == 0:
                 summary = {each: finished.summary for each, finished in done.items()}
-                (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+                write_json(folder / "summary.json", summary)
     last = done[list(done)[-1]] if done else None
     state, student = last.load() if last else (None, None)
     summary = {name: finished.summary for name, finished in done.items()}
@@ -174,6 +177,7 @@ class _Training:
         self.name, self.run, self.folder, self.listener, self.interrupts = name, run, folder, listener, interrupts
         self.ctx = make_context(run)
         self.process = (jax.process_index(), jax.process_count())
+        self.periodic = metrics.Periodic()
         self.checkpoints = None
         if folder is not None:
             self.checkpoints = Checkpoints(folder / "checkpoints", keep=run.keep, best=run.best, report=listener.message)
@@ -188,10 +192,8 @@ class _Training:
         @_once
         def load() -> tuple[State, Model]:
             restored = self._restore()
-            if restored is None:
-                raise InputError(
-                    f"{self.folder}: the finished run has lost its checkpoints; remove the folder to train it again"
-                )
+            if restored is None or restored[2] < self.run.steps:
+                return self.train().load()  # its last checkpoint is damaged: what came after the one before is trained again
             return restored[0], self._product(restored[0], freeze(self.ctx))
 
         return _Finished(result["summary"], result["metrics"], load)
@@ -205,10 +207,12 @@ class _Training:
         else:
             state, meta, start = restored
             frozen, weights = freeze(ctx), meta.get("sampling_weights")
-        self._programs(frozen)
+        self.step, self.term_gradients = make_step(ctx), make_term_gradients(ctx)
+        self.evaluation = make_evaluate(ctx)
         writer = metrics.writers(self.folder if self.process[0] == 0 else None, start)
         self.listener.run_started(self.name, ctx, start)
-        self._check_teacher(state, frozen)
+        if start == 0:
+            self._check_teacher(state, frozen)
         feed = Feed(ctx, self.process, start, weights)
         if feed.resamples(start):
             feed.resample(state, start)  # a checkpoint is written before the reading that its step is due
@@ -226,7 +230,7 @@ class _Training:
                 if pending is not None:
                     self._arrived(*pending, writer, clock)
                 pending, done = (step, values), step + 1
-                stopping = self.interrupts.stop(done)
+                stopping = self.interrupts.stop()
                 evaluating = done == steps or (evaluations and done % evaluations == 0)
                 saving = self.checkpoints is not None and (done == steps or (saves and done % saves == 0) or stopping)
                 if evaluating or saving or stopping:
@@ -252,32 +256,12 @@ class _Training:
             writer.close()
             if self.checkpoints is not None:
                 self.checkpoints.close()
+        if start == steps and self.evaluation is not None:  # killed between its last checkpoint and its result
+            evaluation = self.evaluation(state, frozen)
         return self._finish(state, frozen, evaluation, clock)
 
-    def _programs(self, frozen: Frozen) -> None:
-        ctx, run = self.ctx, self.run
-        self.step = make_step(ctx)
-        self.term_gradients = make_term_gradients(ctx)
-        self.evaluation: Callable[[State, Frozen], dict[str, float]] | None = None
-        if run.data is not None and run.data.has_eval:
-            data, size = run.data, self._eval_batch_size()
-            batches = lambda: data.eval_batches(size, process=self.process)  # noqa: E731
-            self.evaluation = make_evaluate(ctx, batches, ema=run.evaluate_ema)
-
-    def _eval_batch_size(self) -> int:
-        """The training batch, or the smallest multiple of the mesh that holds a smaller evaluation set."""
-        assert self.run.data is not None
-        shards = self.ctx.batch_shards
-        return min(self.run.batch_size, -(-self.run.data.eval_size // shards) * shards)
-
     def _restore(self) -> tuple[State, dict[str, Any], int] | None:
-        if self.checkpoints is None:
-            return None
-        places = state_shardings(self.ctx)
-        like = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state_shapes(self.ctx), places
-        )
-        return self.checkpoints.restore(like)
+        return None if self.checkpoints is None else self.checkpoints.restore(step_shapes(self.ctx)[0])
 
     def _meta(self, step: int, weights: np.ndarray | None) -> dict[str, Any]:
         meta: dict[str, Any] = {
@@ -289,19 +273,24 @@ class _Training:
         return meta if weights is None else meta | {"sampling_weights": weights}
 
     def _check_teacher(self, state: State, frozen: Frozen) -> None:
-        if not frozen["params"].get("teacher"):
-            return
-        assert self.run.data is not None
-        rows = next(self.run.data.batches(self.run.batch_size, seed=self.run.seed, process=self.process))
-        teachers.check_logits(self.ctx, state, frozen, sharding.put_batch(rows, self.ctx.mesh))
         floor = self.run.require_teacher_accuracy
-        if floor is not None and self.evaluation is not None:
-            accuracy = self.evaluation(state, frozen).get("teacher_accuracy", math.nan)
-            if not accuracy > floor:
-                raise InputError(
-                    f"the teacher's accuracy is {accuracy:.4f}; Run.require_teacher_accuracy = {floor}: check its weights, its "
-                    "preprocess and the order of its classes"
-                )
+        if "teacher" in frozen["params"] and self.run.data is not None:
+            rows: Any = self.run.data.batches(self.run.batch_size, seed=self.run.seed, process=self.process)
+            teachers.check_logits(self.ctx, state, frozen, sharding.put_batch(next(rows), self.ctx.mesh))
+            rows.close()
+        if floor is None:
+            return
+        accuracy = self.evaluation(state, frozen).get("teacher_accuracy") if self.evaluation is not None else None
+        if accuracy is None:
+            raise InputError(
+                f"Run.require_teacher_accuracy = {floor}: nothing to measure it on; give a teacher with logits, and evaluation "
+                "data with labels"
+            )
+        if not accuracy > floor:
+            raise InputError(
+                f"the teacher's accuracy is {accuracy:.4f}; Run.require_teacher_accuracy = {floor}: check its weights, its "
+                "preprocess and the order of its classes"
+            )
 
     def _arrived(self, step: int, values: Any, writer: metrics.Writer, clock: metrics.Stopwatch) -> None:
         """Metrics of a dispatched step are here: look at them, write them, tell them."""
@@ -319,12 +308,9 @@ class _Training:
             last = f"the last good checkpoint is step {kept[-1]}" if kept else "there is no checkpoint yet"
             raise Failed(f"{self.name}: step {step + 1} is not finite: {cause}; {last}")
         rate = clock.tick()
+        found = self.periodic.fill(found)
         if (step + 1) % self.run.log_every == 0 or step == 0:
-            idle = {name.partition("/")[2] for name, value in found.items() if name.startswith("coef/") and value == 0}
-            kept_values = {name: value for name, value in found.items() if name.partition("/")[2] not in idle}
-            writer.write(
-                step + 1, {f"train/{name}": value for name, value in kept_values.items()} | {"train/examples_per_s": rate}
-            )
+            writer.write(step + 1, {f"train/{name}": value for name, value in found.items()} | {"train/examples_per_s": rate})
         self.listener.stepped(self.name, step + 1, self.run.steps, found, rate)
 
     def _evaluate(self, state: State, frozen: Frozen, batch: Batch, step: int, writer: metrics.Writer) -> dict[str, float]:
@@ -340,19 +326,16 @@ class _Training:
 
     def _finish(self, state: State, frozen: Frozen, evaluation: dict[str, float], clock: metrics.Stopwatch) -> _Finished:
         product = self._product(state, frozen)
-        everywhere = jax.sharding.NamedSharding(self.ctx.mesh, jax.sharding.PartitionSpec())
-        gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
-        digest = trees.sha256(jax.tree.map(lambda leaf: np.asarray(gather(leaf)), product.params))
         summary: Summary = {
             "parameters": trees.count(product.params),
             **{name: evaluation.get(name) for name in ("accuracy", "nll", "ece", "agreement", "kl")},
             "examples_per_s": clock.mean(),
             "steps": self.run.steps,
-            "params_sha256": digest,
+            "params_sha256": trees.sha256(sharding.whole(product.params)),
         }
         if self.folder is not None and self.process[0] == 0:
             result = {"summary": summary, "metrics": evaluation}
-            (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            write_json(self.folder / "result.json", result)
         self.listener.run_finished(self.name, summary)
         return _Finished(summary, evaluation, lambda: (state, product))
 

@@ -113,6 +113,24 @@ def writers(folder: epath.Path | None, start: int) -> Several:
     return Several(lines, TensorBoard(folder, start))
 
 
+class Periodic:
+    """Fills in the terms of updates that run at every n-th step only: between, their last known values stand."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, float] = {}
+
+    def fill(self, found: Mapping[str, float]) -> dict[str, float]:
+        """A step's metrics without its ``ran/…`` flags and without the numbers of updates that have not run yet."""
+        values = {name: value for name, value in found.items() if not name.startswith("ran/")}
+        for flag, ran in found.items():
+            if flag.startswith("ran/"):
+                for name in (f"{kind}/{flag.removeprefix('ran/')}" for kind in ("term", "coef", "share")):
+                    value = values.pop(name)
+                    if ran:
+                        self._known[name] = value
+        return values | self._known
+
+
 class Stopwatch:
     """Examples a second, without compilation (the first two steps), evaluations and saves."""
 

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from jkd import schedules, trees
+from jkd.errors import InputError
 from jkd.schedules import Clock, Schedule
 from jkd.types import Array, Tree
 
@@ -32,6 +33,15 @@ class Optimizer:
     coupled: bool = False
     decay: tuple[str, ...] | None = None
     clip: float | None = None
+
+    def __post_init__(self):
+        for field, least in (("learning_rate", 0.0), ("weight_decay", 0.0), ("clip", 0.0)):
+            value = getattr(self, field)
+            if callable(value) or (value is None and field == "clip"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+                schedule = " or a schedule" if field == "learning_rate" else ""
+                raise InputError(f"optimizer {field} = {value!r}: give a number that is not negative{schedule}")
 
     def build(self, clock: Callable[[Array], Clock]) -> optax.GradientTransformation:
         """The optax transformation; ``clock`` turns its own count of updates into the run's clock."""

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from etils import epath
 
 from jkd import configfile, fingerprint, teachers, trees
@@ -17,7 +16,7 @@ from jkd.errors import InputError
 from jkd.evaluate import make_evaluate
 from jkd.networks import models_of
 from jkd.resolve import make_context
-from jkd.state import freeze, state_shapes, state_shardings
+from jkd.state import freeze, step_shapes
 
 
 def experiment_of(workdir: epath.Path) -> Experiment:
@@ -31,7 +30,7 @@ def experiment_of(workdir: epath.Path) -> Experiment:
         hint = f"; evaluate one of {', '.join(str(workdir / name) for name in inner)}" if inner else ""
         raise InputError(f"{workdir} holds no config that jkd train recorded{hint}")
     command = json.loads((workdir / "command.json").read_text())
-    experiment = configfile.resolve(configfile.load(workdir / "config.py"), command["set"])
+    experiment = configfile.resolve(configfile.load(workdir / "config.py", beside=command.get("folder")), command["set"])
     differences = fingerprint.differences(json.loads((workdir / "config.json").read_text()), fingerprint.to_json(experiment))
     if differences:
         raise InputError(f"{workdir}: its config means something else now ({'; '.join(differences[:5])})")
@@ -80,23 +79,16 @@ def _run(run: Run, folder: epath.Path, report: Callable[[str], None]) -> tuple[A
     if not (folder / "checkpoints").exists():  # Checkpoints would make it
         return None, {}, 0
     ctx = make_context(run)
-    places = state_shardings(ctx)
-    like = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state_shapes(ctx), places
-    )
     checkpoints = Checkpoints(folder / "checkpoints", keep=run.keep, best=run.best, report=report)
     try:
-        restored = checkpoints.restore(like)
+        restored = checkpoints.restore(step_shapes(ctx)[0])
     finally:
         checkpoints.close()
     if restored is None:
         return None, {}, 0
     state, _, step = restored
     frozen = freeze(ctx)
-    metrics: dict[str, Any] = {}
-    if run.data is not None and run.data.has_eval:
-        data, process = run.data, (jax.process_index(), jax.process_count())
-        rows = min(run.batch_size, -(-data.eval_size // ctx.batch_shards) * ctx.batch_shards)
-        metrics = make_evaluate(ctx, lambda: data.eval_batches(rows, process=process), ema=run.evaluate_ema)(state, frozen)
+    evaluation = make_evaluate(ctx)
+    metrics: dict[str, Any] = {} if evaluation is None else dict(evaluation(state, frozen))
     models = models_of(ctx, state, frozen, ema=run.evaluate_ema)
     return ctx.recipe.deploy(models), metrics, step

@@ -165,7 +165,14 @@ def _check_groups(ctx: Context) -> None:
     for name in run.ema.groups if run.ema is not None else ():
         if name not in groups:
             raise InputError(f"Ema.groups: no parameter group {name!r}{nearest(name, groups)}")
-    paths = trees.flatten(ctx.params["student"])
-    for pattern in run.trainable:
-        if not any(trees.matches(path, (pattern.removeprefix("!"),)) for path in paths):
-            raise InputError(f"Run.trainable: {pattern!r} matches no parameter of the student{nearest(pattern, paths)}")
+    sides = {side: list(trees.flatten(ctx.params[side])) for side in ctx.params}
+    own = [path for group in ctx.vars.params.values() for path in trees.flatten(group)]
+    stored = {
+        "trainable": (run.trainable, sides["student"]),
+        "rules": ([pattern for pattern, _ in run.rules], sides["student"] + own),
+        "teacher_rules": ([pattern for pattern, _ in run.teacher_rules], sides.get("teacher", [])),
+    }
+    for field, (patterns, paths) in stored.items():
+        for pattern in patterns:
+            if not any(trees.matches(path, (pattern.removeprefix("!"),)) for path in paths):
+                raise InputError(f"Run.{field}: {pattern!r} matches no parameter{nearest(pattern, paths)}")

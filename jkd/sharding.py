@@ -165,6 +165,19 @@ def put(tree: Tree, places: Tree) -> Tree:
     return jax.tree.map(jax.device_put, tree, places)
 
 
+def whole(tree: Tree) -> Tree:
+    """Every leaf as one NumPy array, on every process, wherever its parts are."""
+
+    def gathered(leaf: Array) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            mesh = leaf.sharding.mesh  # type: ignore[attr-defined]
+            leaf = jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(mesh, P()))(leaf)
+            return np.asarray(leaf.addressable_data(0))
+        return np.asarray(leaf)
+
+    return jax.tree.map(gathered, tree)
+
+
 def local(tree: Tree, function: Callable[[Array], Any] = np.asarray) -> Tree:
     """Replicated arrays as NumPy, on any process."""
     return jax.tree.map(lambda leaf: function(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf), tree)

@@ -31,8 +31,8 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
     """``step(state, frozen, batch) -> (state, metrics)``, jitted; the state that goes in is donated.
 
     ``batch`` is global (`sharding.put_batch`). Metrics are float32 scalars: ``loss``, ``gradient_norm``, ``learning_rate``, and
-    for each term ``term/name`` (its mean), ``coef/name`` and ``share/name`` (of the summed magnitudes of ``coef * mean``). What
-    belongs to an update that did not run at this step (`Update.every`) is 0 and its ``coef`` too.
+    for each term ``term/name`` (its mean), ``coef/name`` and ``share/name`` (of the summed magnitudes of ``coef * mean``); beside
+    them ``ran/name`` for terms of an update with a period: where it is 0 the update did not run and its numbers mean nothing.
     """
 
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Metrics]:
@@ -40,6 +40,7 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
         batch = seen(ctx, batch, key)
         start = state
         terms: dict[str, Metrics] = {}
+        ran: dict[str, Array] = {}
         norms: list[Array] = []
         for place, update in enumerate(ctx.updates):
 
@@ -58,9 +59,11 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
                     f"{type(ctx.recipe).__name__}: two updates have the same term {min(twice)!r}; give one an Update.name"
                 )
             terms |= more
+            if update.every > 1:
+                ran |= {f"ran/{name}": runs.astype(jnp.float32) for name in more}
             norms.append(norm)
         state = dataclasses.replace(state, step=start.step + 1, ema=_average(ctx, state, clock))
-        return state, _report(ctx, terms, norms, clock)
+        return state, _report(ctx, terms, norms, clock) | ran
 
     made = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(ctx), None))
     # mistakes in a recipe's hooks are told now; the first call finds this trace
@@ -92,32 +95,28 @@ def make_eval_step(ctx: Context, measure: Callable[..., Tree], *, ema: bool = Fa
 def make_term_gradients(ctx: Context) -> Callable[[State, Frozen, Batch], Metrics]:
     """``f(state, frozen, batch) -> {"norm/term": …, "cosine/term": …}``: each term's gradient by itself, jitted.
 
-    ``norm`` is of the gradient of ``coef * mean`` over the first update's groups; ``cosine`` is to the gradient of the term
-    called ``task``, over the parameters of the student, where there is such a term.
+    ``norm`` is of the gradient of ``coef * mean`` over the update's groups, of the batch cut as the step cuts it; ``cosine`` is to
+    the gradient of the term called ``task``, over the parameters of the student, where there is such a term.
     """
 
     def gradients(state: State, frozen: Frozen, batch: Batch) -> Metrics:
         clock, key = ctx.clock(state.step), step_key(state)
-        update = ctx.updates[0]
         batch = seen(ctx, batch, key)
-        moving, rest = _partition(ctx, update, state.params)
+        metrics: Metrics = {}
+        for place, update in enumerate(ctx.updates):
 
-        def one(name: str | None):
-            def objective(moving):
-                models = models_at(ctx, dataclasses.replace(state, params=_join(moving, rest)), frozen, clock)
-                loss, (means, *_) = _objective(ctx, update, models, batch, jax.random.fold_in(key, 1), None, only=name)
-                return loss, means
+            def one(name: str | None, place: int = place, update: Update = update) -> tuple[Tree, dict[str, Metrics]]:
+                own = jax.random.fold_in(key, place + 1)
+                return _gradients(ctx, update, state, frozen, batch, clock, own, only=name)[:2]
 
-            return jax.grad(objective, has_aux=True)(moving)
-
-        names = sorted(jax.eval_shape(lambda: one(None))[1])
-        found = {name: one(name)[0] for name in names}
-        metrics = {f"norm/{name}": optax.tree.norm(gradient) for name, gradient in found.items()}
-        if "task" in found and "student" in (update.groups or ()):
-            task = found["task"]["student"]
-            for name in names:
-                if name != "task":
-                    metrics[f"cosine/{name}"] = _cosine(found[name]["student"], task)
+            names = sorted(jax.eval_shape(lambda one=one: one(None))[1])
+            found = {name: one(name)[0] for name in names}
+            prefix = f"{update.name}." if update.name else ""
+            metrics |= {f"norm/{prefix}{name}": optax.tree.norm(gradient) for name, gradient in found.items()}
+            if "task" in found and "student" in (update.groups or ()):
+                task = found["task"]["student"]
+                others = [name for name in names if name != "task"]
+                metrics |= {f"cosine/{prefix}{name}": _cosine(found[name]["student"], task) for name in others}
         return metrics
 
     return jax.jit(gradients)
@@ -142,16 +141,26 @@ def _update(
 
 
 def _gradients(
-    ctx: Context, update: Update, state: State, frozen: Frozen, batch: Batch, clock: Clock, key: Array
+    ctx: Context,
+    update: Update,
+    state: State,
+    frozen: Frozen,
+    batch: Batch,
+    clock: Clock,
+    key: Array,
+    only: str | None = None,
 ) -> tuple[Tree, dict[str, Metrics], dict[str, Tree], Tree]:
-    """``(gradients, means, buffers, observed)`` of an update over the whole batch, in as many pieces as the run says."""
+    """``(gradients, means, buffers, observed)`` of an update over the whole batch, in as many pieces as the run says.
+
+    ``only`` leaves the other terms out of what is differentiated.
+    """
     moving, rest = _partition(ctx, update, state.params)
     count = ctx.run.microbatches
 
     def objective(moving: Tree, buffers: Tree, batch: Batch, key: Array, totals: Any):
         params = _join(moving, rest)
         models = models_at(ctx, dataclasses.replace(state, params=params, buffers=buffers), frozen, clock)
-        loss, (means, totals, left, observed) = _objective(ctx, update, models, batch, key, totals)
+        loss, (means, totals, left, observed) = _objective(ctx, update, models, batch, key, totals, only)
         return loss, (means, totals, {group: left[group] for group in buffers}, observed)
 
     differentiate = jax.grad(objective, has_aux=True)

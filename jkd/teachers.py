@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,16 @@ def named(teacher: str | Ensemble, artifacts: Mapping[str, Any]) -> Model:
     if not isinstance(found, Model):
         raise InputError(f"teacher={teacher!r}: that node gave a {type(found).__name__}, no Model")
     return found
+
+
+def unweighted(teacher: Any, students: dict[str, Model]) -> Any:
+    """The teacher with earlier runs' networks for their names; None where a name is that of a function."""
+    if isinstance(teacher, str):
+        return students.get(teacher)
+    if isinstance(teacher, Ensemble):
+        members = tuple(unweighted(member, students) for member in teacher.members)
+        return None if None in members else dataclasses.replace(teacher, members=members)
+    return teacher
 
 
 def check_logits(ctx: Context, state: State, frozen: Frozen, batch: Batch) -> None:

@@ -32,8 +32,8 @@ def claim(folder: epath.Path, experiment: Experiment) -> epath.Path:
                 )
             else:
                 folder.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(wanted, indent=1) + "\n")
-        except OSError as error:
+                write_json(file, wanted)
+        except (OSError, ImportError) as error:  # a remote file system may need a package of its own
             raise InputError(f"workdir {folder} cannot be used: {error}") from error
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -42,6 +42,13 @@ def claim(folder: epath.Path, experiment: Experiment) -> epath.Path:
         mine = f"process {jax.process_index()} was started with another config than process 0"
         _compare(json.loads(file.read_text()), wanted, mine, "start all with the same command")
     return folder
+
+
+def write_json(file: epath.Path, value: Any) -> None:
+    """Writes a file that is there whole or not at all, whenever the process is killed."""
+    whole = file.with_name(f"{file.name}.tmp")
+    whole.write_text(json.dumps(value, indent=1) + "\n")
+    whole.replace(file)
 
 
 def _compare(there: Any, wanted: Any, what: str, fix: str) -> None:

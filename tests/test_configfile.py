@@ -316,3 +316,20 @@ def test_shrink_keeps_the_method_and_makes_the_rest_small():
     assert all(getattr(two, name) == getattr(run, name) for name in kept)
     assert small.nodes["f"] is experiment.nodes["f"]
     assert run.data.spec(8).keys() == two.data.spec(8).keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("recipes.KD(temprature=3)", "did you mean 'temperature'"),
+        ("models.mlp.Config(features=64, hiden=(8,), classes=10)", "did you mean 'hidden'"),
+        ("Run(stepz=3)", "did you mean 'steps'"),
+        ("recipes.KDD()", "did you mean 'KD'"),
+        ("models.mpl", "did you mean 'mlp'"),
+    ],
+)
+def test_a_misspelt_field_in_a_config_names_the_nearest(tmp_path, line, meant):
+    file = tmp_path / "wrong.py"
+    file.write_text(f"from jkd import Run, models, recipes\n\n\ndef config():\n    return {line}\n")
+    with pytest.raises(InputError, match=meant):
+        configfile.resolve(configfile.load(file))

@@ -78,3 +78,11 @@ def test_a_perfectly_calibrated_and_a_certain_wrong_model():
     coin = Outputs(jnp.zeros((100, 2)))
     half = jnp.asarray(np.arange(100) % 2, jnp.int32)
     assert summarise(measure(coin, None, dict(label=half, weight=jnp.ones(100))))["ece"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_needs_labels_is_left_out_where_there_are_none():
+    student, teacher, label, _ = random_case()
+    batch = dict(label=jnp.asarray(label), weight=jnp.ones(200), labelled=jnp.zeros(200))
+    found = summarise(measure(Outputs(jnp.asarray(student)), Outputs(jnp.asarray(teacher)), batch))
+    assert set(found) == {"agreement", "kl"}
+    assert summarise(measure(Outputs(heads={"score": jnp.ones(200)}), None, batch)) == {}
