@@ -38,6 +38,7 @@ from jkd.recipes.selftrain import MeanTeacher as MeanTeacher
 from jkd.recipes.stages import two_stages as two_stages
 from jkd.recipes.standardized import Standardized as Standardized
 from jkd.recipes.standardized import StandardizedKD as StandardizedKD
+from jkd.recipes.teaching import MCMI as MCMI
 from jkd.recipes.temperature import CTKD as CTKD
 from jkd.recipes.twoheads import DHKD as DHKD
 from jkd.recipes.twoheads import DHO as DHO

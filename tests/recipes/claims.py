@@ -74,15 +74,16 @@ def epochs(size: int, batch_size: int, count: int, seed: int):
 
 
 class Trial:
-    """A run compiled once; `student` trains it from the weights of a seed and gives the student's parameters (or its average)."""
+    """A run compiled once; `student` trains it from the weights of a seed, or from ``params``, and gives the student's parameters
+    (or their average)."""
 
     def __init__(self, run: Run, example: dict, *, train_size: int | None = None):
         self.ctx = make_context(run, example, train_size=train_size, devices=jax.devices()[:1])
         state, self.frozen = init_state(self.ctx, jax.random.key(0))
         self.start, self.step = jax.device_get(state), make_step(self.ctx)
 
-    def student(self, batches, *, seed: int, average: bool = False):
-        params = jax.device_get(self.ctx.student.init(jax.random.key(seed))[0])
+    def student(self, batches, *, seed: int = 0, params=None, average: bool = False):
+        params = jax.device_get(self.ctx.student.init(jax.random.key(seed))[0]) if params is None else params
         start = dataclasses.replace(self.start, params={**self.start.params, "student": params})
         if start.ema:
             start = dataclasses.replace(start, ema={"student": {"params": params, "buffers": {}}})

@@ -108,4 +108,5 @@ ROWS = {
     "MarginMSE": row(recipes.MarginMSE, nets=NEGATIVE),
     "PLD": row(recipes.PLD),
     "USKD": row(recipes.USKD, student_taps=("early",)),
+    "MCMI": row(recipes.MCMI),
 }
