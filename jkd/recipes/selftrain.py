@@ -120,8 +120,8 @@ class FlexMatch(FixMatch):
     """FlexMatch: `FixMatch` with a threshold for each class, ``threshold * b_c / (2 - b_c)``.
 
     ``b_c = count_c / max(counts, unused)``: how many unlabelled examples the student has last been sure (``threshold``) to be of
-    class c, over the most of all classes, or over those it was never sure of while they are more (the warm-up). Thresholds are
-    those before the step.
+    class c, over the most of all classes, or over those it was never sure of while they are more (the warm-up). So thresholds
+    begin at 0: at first every answer passes, which short runs feel. A step uses those from before it.
 
     Args:
         examples: unlabelled examples there are; None to ask the run's data.

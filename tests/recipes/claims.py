@@ -11,6 +11,7 @@ import tiny
 
 from jkd import sharding
 from jkd.config import Run
+from jkd.data.augment import as_float
 from jkd.resolve import make_context
 from jkd.state import init_state, state_shardings
 from jkd.step import make_step
@@ -30,7 +31,7 @@ def mlp(inputs: int, hidden: int, classes: int) -> Model:
         return params, {}
 
     def apply(params, buffers, batch, *, taps=(), train=False, key=None):
-        x = batch["image"].reshape(batch["image"].shape[0], -1)
+        x = as_float(batch["image"]).reshape(batch["image"].shape[0], -1)
         x = jax.nn.relu(tiny.dense(params["first"], x))
         x = jax.nn.relu(tiny.dense(params["body"], x))
         return Outputs(tiny.dense(params["head"], x), taps=dict.fromkeys(taps, x)), buffers
