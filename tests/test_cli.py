@@ -86,7 +86,7 @@ def test_version(capsys):
         (["train"], "the following arguments are required: CONFIG (jkd train --help shows examples)"),
         (["train", "digits", "--seeds", "many"], "argument --seeds: invalid int value: 'many'"),
         (["train", "digits", "--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
-        (["train", "digts"], "config 'digts': no such file, and jkd has no config of that name; did you mean 'digits'?"),
+        (["train", "digts"], "config 'digts': no such file, and jkd has no config of that name; did you mean 'digits'"),
         (["train", "mime.py"], "config mime.py: no such file; did you mean 'mine.py'?"),
         (["train", "mine.py", "--set", "stepz=3"], "--set stepz=3: config() has no parameter 'stepz'; did you mean 'steps'?"),
         (["train", "mine.py", "--set", "student.stepz=3"], "has no field 'stepz'; did you mean 'steps'"),
@@ -100,7 +100,7 @@ def test_version(capsys):
         (["eval", "mine.py"], "is not there: nothing was trained with this config; jkd train makes it"),
         (["eval", "."], ". holds no config that jkd train recorded"),
         (["eval", ".", "--set", "steps=3"], "--set changes a config; . is a folder with a config of its own"),
-        (["configs", "digts"], "did you mean 'digits'?"),
+        (["configs", "digts"], "did you mean 'digits'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
