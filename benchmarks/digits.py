@@ -1,7 +1,7 @@
 """Trains configs/digits.py over several seeds and writes what it measured: JSON here, the table in the README.
 
-    python benchmarks/digits.py            # five seeds, several minutes
-    python benchmarks/digits.py --render   # the README's table from the JSON that is there
+python benchmarks/digits.py            # five seeds, several minutes
+python benchmarks/digits.py --render   # the README's table from the JSON that is there
 """
 
 from __future__ import annotations
@@ -36,11 +36,20 @@ def measure(seeds: int) -> dict:
         print(json.dumps({"seed": seed, **{name: found[-1][name]["accuracy"] for name in ROWS}}), flush=True)
     return {
         "command": "python benchmarks/digits.py",
-        "device": jax.devices()[0].device_kind,
+        "device": _device(jax.devices()[0]),
         "date": datetime.date.today().isoformat(),
         "revision": provenance.code_revision(),
         "seeds": found,
     }
+
+
+def _device(device) -> str:
+    if device.platform != "cpu":
+        return device.device_kind
+    import os
+    import platform
+
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
 
 
 def render(results: dict) -> str:
@@ -52,7 +61,7 @@ def render(results: dict) -> str:
         return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
     lines = [
-        "| | parameters | accuracy, % | NLL, nats | ECE, % | agreement with the teacher, % | examples/s |",
+        "| | parameters | accuracy, % | NLL, nats | ECE, % | agreement with the teacher, % | examples/s (median) |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in ROWS:
