@@ -116,7 +116,7 @@ def train(experiment: Experiment | Run, workdir: Any = None, *, listener: Listen
             if not isinstance(node, Run):
                 artifacts.add(name, node)
                 continue
-            run = _Training(name, node, earlier, None if folder is None else folder / name, listener, interrupts)
+            run = _Training(name, node, artifacts, None if folder is None else folder / name, listener, interrupts)
             done[name] = finished = run.finished() or run.train()
             if name in used and finished.summary["agreement"] is None:
                 finished.summary["agreement"] = 1.0  # it is what the others are held against

@@ -56,11 +56,11 @@ def evaluate(experiment: Experiment, workdir: epath.Path, report: Callable[[str]
         earlier = {needed: artifacts[needed] for needed in dependencies(node)}
         if not isinstance(node, Run):
             node = node(**earlier)
-        elif isinstance(node.teacher, (str, Ensemble)):
-            node = dataclasses.replace(node, teacher=teachers.named(node.teacher, earlier))
         if not isinstance(node, Run):
             artifacts[name] = node
             continue
+        if isinstance(node.teacher, (str, Ensemble)):
+            node = dataclasses.replace(node, teacher=teachers.named(node.teacher, artifacts))
         product, metrics, step = _run(node, workdir / name, report)
         if product is None:
             report(f"{name}: has no checkpoint")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jkd.config import Ensemble
 from jkd.context import Context
-from jkd.errors import InputError
+from jkd.errors import InputError, nearest
 from jkd.networks import models_of
 from jkd.resolve import build
 from jkd.state import Frozen, State
@@ -22,13 +22,15 @@ def named(teacher: str | Ensemble, artifacts: Mapping[str, Any]) -> Model:
     """The Model that a run's teacher stands for, with names looked up among the earlier nodes' artifacts.
 
     Raises:
-        InputError: a name whose node gave no Model.
+        InputError: a name that no earlier node has, or whose node gave no Model.
     """
     if isinstance(teacher, Ensemble):
         from jkd import models
 
         members = [named(member, artifacts) if isinstance(member, str) else build(member) for member in teacher.members]
         return models.ensemble(members, mean=teacher.mean)
+    if teacher not in artifacts:
+        raise InputError(f"teacher={teacher!r}: no earlier node is called that{nearest(teacher, artifacts)}")
     found = artifacts[teacher]
     if not isinstance(found, Model):
         raise InputError(f"teacher={teacher!r}: that node gave a {type(found).__name__}, no Model")

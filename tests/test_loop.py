@@ -116,8 +116,10 @@ def test_a_node_may_be_a_function_of_earlier_ones():
         big=run(steps=4),
         size=lambda big: jkd.trees.count(big.params),
         small=lambda big, size: run(teacher=big, recipe=recipes.KD(), steps=size // 100),
+        named=lambda size: run(teacher="big", recipe=recipes.KD(), steps=2),
     )
     result = jkd.train(experiment)
+    assert result.summary["named"]["agreement"] is not None
     assert result.artifacts["size"] == 64 * 8 + 8 + 8 * 10 + 10
     assert result.summary["small"]["steps"] == 6
 
