@@ -1,4 +1,4 @@
-"""What holds for every recipe, whatever its maths. `rows.ROWS` has one row for each."""
+"""What holds for every recipe, whatever its maths. `ROWS` has one row for each."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import rows
 import small
 import tiny
+from rows import ROWS
 
 from jkd import optim, recipes
 from jkd.checkpoint import Checkpoints
@@ -24,7 +24,7 @@ from jkd.step import make_step
 
 STEPS = 50
 GRADIENT = 2e-5
-UNCOUPLED = [name for name, row in rows.ROWS.items() if row.independent is not None]
+UNCOUPLED = [name for name, row in ROWS.items() if row.independent is not None]
 
 
 def recorded() -> optax.GradientTransformation:
@@ -36,7 +36,7 @@ def recorded() -> optax.GradientTransformation:
 
 
 def run_of(name: str, recipe: Recipe, **fields) -> Run:
-    row = rows.ROWS[name]
+    row = ROWS[name]
     return tiny.run(
         recipe=recipe,
         student=small.student(**row.student),
@@ -50,7 +50,7 @@ def run_of(name: str, recipe: Recipe, **fields) -> Run:
 
 @functools.cache
 def engine(name: str, *, devices: int = 1, microbatches: int = 1, uncoupled: bool = False) -> tiny.Engine:
-    row = rows.ROWS[name]
+    row = ROWS[name]
     recipe = row.make(**(row.independent or {}) if uncoupled else {})
     run = run_of(name, recipe, microbatches=microbatches)
     return tiny.Engine(run, devices=devices, train_size=tiny.ROWS)
@@ -65,21 +65,21 @@ def first_step(made: tiny.Engine, rows: dict):
 
 def test_every_public_recipe_has_its_row():
     public = {name for name, value in vars(recipes).items() if isinstance(value, type) and issubclass(value, Recipe)}
-    assert set(rows.ROWS) == public
+    assert set(ROWS) == public
 
 
 def test_every_recipe_says_where_it_comes_from():
-    for name in rows.ROWS:
+    for name in ROWS:
         kind = getattr(recipes, name)
         assert kind.citation, name
         assert kind.family != "other", name
         assert kind.evidence in ("golden", "formula", "mechanism"), name
 
 
-@pytest.mark.parametrize("name", rows.ROWS)
+@pytest.mark.parametrize("name", ROWS)
 def test_the_update_does_not_depend_on_devices_and_microbatches(name):
     """Four microbatches on eight devices against one device; whole on eight where examples are coupled, and then refused."""
-    recipe = rows.ROWS[name].make()
+    recipe = ROWS[name].make()
     if recipe.couples_batch:
         with pytest.raises(InputError, match=f"microbatches = 4.*{name}.*microbatch_statistics='local'"):
             make_context(run_of(name, recipe, microbatches=4), tiny.batch(), train_size=32, devices=jax.devices()[:1])
@@ -105,14 +105,14 @@ def compare(cut: tiny.Engine, whole: tiny.Engine) -> None:
         np.testing.assert_allclose(metrics[metric], value, rtol=1e-4, atol=1e-6, err_msg=metric)
 
 
-@pytest.mark.parametrize("name", rows.ROWS)
+@pytest.mark.parametrize("name", ROWS)
 def test_it_may_compute_in_bfloat16(name):
-    run = run_of(name, rows.ROWS[name].make(), compute_dtype="bfloat16")
+    run = run_of(name, ROWS[name].make(), compute_dtype="bfloat16")
     ctx = make_context(run, tiny.batch(), train_size=tiny.ROWS, devices=jax.devices()[:1])
     make_step(ctx)  # traced: parameters, buffers and memory keep their dtype, or this raises
 
 
-@pytest.mark.parametrize("name", rows.ROWS)
+@pytest.mark.parametrize("name", ROWS)
 def test_rows_of_weight_zero_change_nothing(name):
     rows = tiny.batch(ragged=True)
     empty = rows["weight"] == 0
@@ -125,9 +125,9 @@ def test_rows_of_weight_zero_change_nothing(name):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", rows.ROWS)
+@pytest.mark.parametrize("name", ROWS)
 def test_no_gradient_reaches_the_teacher_unless_declared(name):
-    recipe = rows.ROWS[name].make()
+    recipe = ROWS[name].make()
     if not recipe.needs_teacher:
         pytest.skip("it has no teacher")
     made = engine(name)
@@ -143,7 +143,7 @@ def test_no_gradient_reaches_the_teacher_unless_declared(name):
     assert (flat == 0).all() == (recipe.teacher_gradient == "stop")
 
 
-@pytest.mark.parametrize("name", rows.ROWS)
+@pytest.mark.parametrize("name", ROWS)
 def test_the_loss_falls_and_what_was_learned_is_kept(name, tmp_path):
     made = engine(name)
     found = made.train([tiny.batch()] * STEPS)
