@@ -19,3 +19,27 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["jkd.losses", "jkd.targets"], "beartype.beartype")
+
+import gc  # noqa: E402
+import itertools  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+MAPS = Path("/proc/self/maps")
+_TESTS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _room_for_programs():
+    """Drops compiled programs before the process runs out of memory maps.
+
+    Every program that XLA compiles for the CPU takes about ten; Linux gives a process 65,530, and LLVM crashes past them.
+    """
+    yield
+    if next(_TESTS) % 20 == 0 and MAPS.exists():
+        with MAPS.open("rb") as maps:
+            crowded = sum(1 for _ in maps) > 30_000
+        if crowded:
+            jax.clear_caches()
+            gc.collect()
