@@ -68,7 +68,7 @@ class Feed:
 
     def resample(self, state: State, step: int) -> None:
         """Asks the recipe which examples to draw from this step on."""
-        weights = self._ctx.recipe.sampling(sharding.local(state.memory))
+        weights = self._ctx.recipe.sampling(sharding.whole(state.memory))
         if weights is not None:
             self.weights = np.asarray(weights)
             self.close()

@@ -110,9 +110,8 @@ def train(experiment: Experiment | Run, workdir: Any = None, *, listener: Listen
     artifacts = _Artifacts()
     with Interrupts() as interrupts:
         for name, node in experiment.nodes.items():
-            earlier = {needed: artifacts[needed] for needed in dependencies(node)}
             if not isinstance(node, Run):
-                node = node(**earlier)
+                node = node(**{needed: artifacts[needed] for needed in dependencies(node)})
             if not isinstance(node, Run):
                 artifacts.add(name, node)
                 continue
