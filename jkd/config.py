@@ -52,13 +52,15 @@ class StudentEma:
 class Ensemble:
     """As a run's teacher: several teachers, whose probabilities or logits are averaged.
 
+    Each member's own logits are ``heads["0"]``, ``heads["1"]``, … of the teacher's Outputs, for recipes that read them apart.
+
     Args:
         members: Models, model configs, or names of earlier nodes of the experiment.
-        mean: what is averaged.
+        mean: what is averaged; None for nothing, where members know different classes.
     """
 
     members: tuple[Model | ModelConfig | str, ...]
-    mean: Literal["probabilities", "logits"] = "probabilities"
+    mean: Literal["probabilities", "logits"] | None = "probabilities"
 
 
 METRICS = ("accuracy", "nll", "ece", "agreement", "kl", "teacher_accuracy", "teacher_nll", "teacher_ece")

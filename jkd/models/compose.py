@@ -13,24 +13,26 @@ from jkd.models.adapt import own_taps
 from jkd.types import Model, Outputs
 
 
-def ensemble(models: Sequence[Model], *, mean: Literal["probabilities", "logits"] = "probabilities") -> Model:
+def ensemble(models: Sequence[Model], *, mean: Literal["probabilities", "logits"] | None = "probabilities") -> Model:
     """Several models as one teacher.
 
     ``logits`` ``[..., classes]`` are the logarithm of the mean of the members' probabilities, in float32, or the mean of
-    their logits. ``params`` and ``buffers`` are the members', under ``"0"``, ``"1"``, …; member 1's taps and parts are
-    ``1/path``. Each member applies its own ``preprocess``. Heads are left out.
+    their logits; without a mean there are none, and members may know other classes. ``heads["1"]`` are the logits of member 1,
+    ``heads["1/name"]`` a head of it. ``params`` and ``buffers`` are the members', under ``"0"``, ``"1"``, …; member 1's taps and
+    parts are ``1/path``. Each member applies its own ``preprocess``.
 
     Args:
         models: the members.
-        mean: what is averaged.
+        mean: what is averaged; None for nothing.
 
     Raises:
-        InputError: no members, another ``mean``, a path that does not begin with a member's number, other numbers of classes.
+        InputError: no members, another ``mean``, a path that does not begin with a member's number, other numbers of classes
+            where there is a mean.
     """
     if not models:
         raise InputError("ensemble(models=[]): give at least one model")
-    if mean not in ("probabilities", "logits"):
-        raise InputError(f"ensemble(mean={mean!r}): choose 'probabilities' or 'logits'")
+    if mean not in ("probabilities", "logits", None):
+        raise InputError(f"ensemble(mean={mean!r}): choose 'probabilities', 'logits' or None")
     members = {str(number): model for number, model in enumerate(models)}
     title = f"ensemble of {len(members)}"
 
@@ -49,21 +51,28 @@ def ensemble(models: Sequence[Model], *, mean: Literal["probabilities", "logits"
         for text in taps:
             name, rest = member(text, "tap")
             wanted[name].append(rest)
-        logits, captured, new = [], dict[str, Any](), {}
+        heads, captured, new = dict[str, Any](), dict[str, Any](), {}
         for name, model in members.items():
             own = None if key is None else jax.random.fold_in(key, int(name))
             outputs, new[name] = model.apply(params[name], buffers[name], batch, taps=tuple(wanted[name]), train=train, key=own)
-            logits.append(outputs.logits)
+            if mean is not None or outputs.has_logits:
+                heads[name] = outputs.logits
+            heads |= {f"{name}/{head}": answer for head, answer in outputs.heads.items()}
             captured |= {f"{name}/{text}": outputs.taps[text] for text in wanted[name]}
+        if mean is None:
+            return Outputs(heads=heads, taps=captured), new
+        logits = [heads[name] for name in members]
         if len({answer.shape for answer in logits}) > 1:
-            raise InputError(f"{title}: the members' logits differ in shape: {[answer.shape for answer in logits]}")
+            raise InputError(
+                f"{title}: the members' logits differ in shape: {[answer.shape for answer in logits]}; mean=None keeps them apart"
+            )
         stacked = jnp.stack(logits)
         if mean == "probabilities":
             stacked = stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32))
             answer = jax.nn.logsumexp(jax.nn.log_softmax(stacked), axis=0) - jnp.log(float(len(members))).astype(stacked.dtype)
         else:
             answer = stacked.mean(0)
-        return Outputs(answer, taps=captured), new
+        return Outputs(answer, heads=heads, taps=captured), new
 
     def submodule(path):
         name, rest = member(path, "submodule")

@@ -40,6 +40,29 @@ def test_mean_of_logits(members):
     np.testing.assert_allclose(logits, sum(answers(members)) / 2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mean", ["probabilities", "logits", None])
+def test_each_members_answers_are_there_too(members, mean):
+    model = models.ensemble(members, mean=mean)
+    outputs, _ = model.apply(model.params, model.buffers, BATCH)
+    assert outputs.heads.keys() == {"0", "1"}
+    for name, answer in zip("01", answers(members), strict=True):
+        np.testing.assert_array_equal(outputs.heads[name], answer)
+    assert outputs.has_logits == (mean is not None)
+
+
+def test_without_a_mean_members_may_know_different_classes_or_none(members):
+    feature = models.from_function(
+        lambda params, x: x, {}, output=lambda x: Outputs(heads={"embedding": x}, taps={"all": x}), name="feature"
+    )
+    model = models.ensemble([members[0], models.ensemble([two(), feature], mean=None)], mean=None)
+    assert {"0/head", "1/1/all"} <= set(model.paths(BATCH))
+    outputs, _ = model.apply(model.params, model.buffers, BATCH, taps=("1/1/all",))
+    shapes = {name: head.shape for name, head in outputs.heads.items()}
+    assert shapes == {"0": (4, 3), "1/0": (4, 2), "1/1/embedding": (4, 6)}
+    np.testing.assert_array_equal(outputs.taps["1/1/all"], BATCH["image"])
+    assert not outputs.has_logits
+
+
 def test_one_member_is_itself(members):
     model = models.ensemble(members[:1])
     logits = model.apply(model.params, model.buffers, BATCH)[0].logits
@@ -92,14 +115,14 @@ def test_buffers_of_every_member():
     ("run", "message"),
     [
         (lambda m: models.ensemble([]), "give at least one model"),
-        (lambda m: models.ensemble(m, mean="votes"), "mean='votes'.*choose 'probabilities' or 'logits'"),
+        (lambda m: models.ensemble(m, mean="votes"), "mean='votes'.*choose 'probabilities', 'logits' or None"),
         (
             lambda m: models.ensemble(m).submodule("head"),
             "submodule 'head': begin with the number of a member, 0 to 1, as in '0/head'",
         ),
         (lambda m: run(models.ensemble(m), taps=("2/head",)), "tap '2/head': begin with the number"),
         (lambda m: run(models.ensemble(m), taps=("0/heat",)), "tap 'heat': mlp computes nothing .* did you mean 'head'"),
-        (lambda m: run(models.ensemble([m[0], two()])), r"the members' logits differ in shape: \[\(4, 3\), \(4, 2\)\]"),
+        (lambda m: run(models.ensemble([m[0], two()])), r"the members' logits differ in shape: \[\(4, 3\), \(4, 2\)\]; mean=None"),
     ],
 )
 def test_wrong_values(members, run, message):
