@@ -13,6 +13,7 @@ from jkd.recipes.contrastive import CRD as CRD
 from jkd.recipes.features import VID as VID
 from jkd.recipes.features import FitNet as FitNet
 from jkd.recipes.features import Match as Match
+from jkd.recipes.fusion import TransKD as TransKD
 from jkd.recipes.heads import SRRL as SRRL
 from jkd.recipes.heads import DeiT as DeiT
 from jkd.recipes.heads import SimKD as SimKD
@@ -35,11 +36,15 @@ from jkd.recipes.review import ReviewKD as ReviewKD
 from jkd.recipes.selftrain import FixMatch as FixMatch
 from jkd.recipes.selftrain import FlexMatch as FlexMatch
 from jkd.recipes.selftrain import MeanTeacher as MeanTeacher
+from jkd.recipes.several import MEALV2 as MEALV2
+from jkd.recipes.several import KnowledgeConcentration as KnowledgeConcentration
 from jkd.recipes.stages import two_stages as two_stages
 from jkd.recipes.standardized import Standardized as Standardized
 from jkd.recipes.standardized import StandardizedKD as StandardizedKD
 from jkd.recipes.teaching import MCMI as MCMI
 from jkd.recipes.temperature import CTKD as CTKD
+from jkd.recipes.transformers import MiniLM as MiniLM
+from jkd.recipes.transformers import MiniLMv2 as MiniLMv2
 from jkd.recipes.twoheads import DHKD as DHKD
 from jkd.recipes.twoheads import DHO as DHO
 from jkd.recipes.views import View as View

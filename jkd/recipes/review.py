@@ -72,15 +72,15 @@ class ReviewKD(Match):
         for i in reversed(range(len(self.student_taps))):
             mine, theirs = _as_map(student.taps[self.student_taps[i]]), _as_map(teacher.taps[self.teacher_taps[i]])
             fusion = vars.params["projector"][str(i)]
-            mixed = _unit(fusion["in"], mine, kept)
+            mixed = unit(fusion["in"], mine, kept)
             if deeper is not None:
-                deeper = _enlarged(deeper, mixed.shape)
+                deeper = enlarged(deeper, mixed.shape)
                 both = jnp.concatenate([mixed, deeper], -1)
                 bias = fusion["attention"]["bias"].astype(both.dtype).reshape(1, 1, 1, 2)
                 share = jax.nn.sigmoid(conv(both, fusion["attention"]["kernel"]) + bias)
                 mixed = mixed * share[..., :1] + deeper * share[..., 1:]
-            deeper = _enlarged(mixed, theirs.shape)
-            pairs.insert(0, (_unit(fusion["out"], deeper, kept), theirs))
+            deeper = enlarged(mixed, theirs.shape)
+            pairs.insert(0, (unit(fusion["out"], deeper, kept), theirs))
         return pairs
 
     def terms(self, vars, student, teacher, batch, *, clock, key):
@@ -92,7 +92,8 @@ class ReviewKD(Match):
         return terms
 
 
-def _unit(params: Tree, features: Array, kept: Array) -> Array:
+def unit(params: Tree, features: Array, kept: Array) -> Array:
+    """A convolution, and BatchNorm over the examples that are ``kept`` where it has parameters for it."""
     features = conv(features, params["kernel"])
     return batch_norm(params, features, kept) if "scale" in params else features
 
@@ -106,7 +107,7 @@ def _map_shape(shape: Shape) -> Shape:
     return (shape[0], 1, 1, shape[1]) if len(shape) == 2 else shape
 
 
-def _enlarged(features: Array, like: Shape) -> Array:
+def enlarged(features: Array, like: Shape) -> Array:
     """At the height and width of another shape, by the nearest value (cell i of n reads ``floor(i * size / n)``, as PyTorch)."""
     for axis in (1, 2):
         size, wanted = features.shape[axis], like[axis]

@@ -61,6 +61,12 @@ def stream(batch, key):
     return {**batch, "unlabelled": {**twice, "index": jnp.arange(2 * len(batch["weight"]))}}
 
 
+def sides(student: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+    return {"student": student, "teacher": teacher}
+
+
+ATTENTION = dict(student_taps=small.QKV, teacher_taps=small.QKV)
+TRANSFORMERS = {"kind": small.transformer, "heads": 2}, {"kind": small.transformer, "width": 12}
 STRONG = {"run": {"augment": (recipes.View("strong", noise),)}}
 STREAM = {"run": {"augment": (stream, At("unlabelled", recipes.View("strong", noise)))}}
 SECOND = {"run": {"augment": (stream, At("unlabelled", recipes.View("second", noise)))}}
@@ -109,4 +115,22 @@ ROWS = {
     "PLD": row(recipes.PLD),
     "USKD": row(recipes.USKD, student_taps=("early",)),
     "MCMI": row(recipes.MCMI),
+    "MiniLM": row(recipes.MiniLM, **ATTENTION, nets=sides(*TRANSFORMERS)),
+    "MiniLMv2": row(
+        recipes.MiniLMv2, **ATTENTION, relation_heads=4, nets=sides({**TRANSFORMERS[0], "heads": 4}, TRANSFORMERS[1])
+    ),
+    "TransKD": row(
+        recipes.TransKD,
+        {"norm": False},
+        student_taps=(*small.TAPS, "early:pre"),
+        teacher_taps=(*small.TAPS, "early:pre"),
+        embedding_weights=(0.5,),
+    ),
+    "MEALV2": row(recipes.MEALV2, nets={"teacher": {"members": (tiny.CLASSES, tiny.CLASSES)}}),
+    "KnowledgeConcentration": row(
+        recipes.KnowledgeConcentration,
+        classes=((3, 0), (1, 2, 4)),
+        pace=1.0,
+        nets={"teacher": {"members": (2, 3), "mean": None}},
+    ),
 }

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
+from jkd import models
 from jkd.context import Context
 from jkd.recipe import Recipe, Vars
 from jkd.resolve import make_context
@@ -19,6 +20,7 @@ from jkd.types import Model, Outputs
 TAPS = ("early", "late")
 PRE = ("early:pre", "late:pre")
 LEVELS = (*TAPS, "pool")
+QKV = ("query", "key", "value")
 ROWS = tiny.ROWS
 
 
@@ -75,14 +77,42 @@ def network(*, width=6, classes=tiny.CLASSES, token=False, name="small") -> Mode
     return Model(init=init, apply=apply, params=params, buffers=buffers, submodule=submodule, name=name)
 
 
-@functools.cache
-def student(**options) -> Model:
-    return tiny.weights(network(name="student", **options), seed=3)
+def transformer(*, width=8, heads=2, classes=tiny.CLASSES, name="small transformer") -> Model:
+    """Image 4x4 -> four tokens -> one attention (taps ``query``, ``key``, ``value``: ``[batch, 4, heads, width / heads]``) -> head."""
+    shape = (width, heads, width // heads)
+
+    def init(key):
+        keys = jax.random.split(key, 5)
+        params = {tap: {"kernel": jax.random.normal(one, shape) / 2} for tap, one in zip(QKV, keys[:3], strict=True)}
+        return params | {"embed": tiny.dense_init(keys[3], 8, width), "head": tiny.dense_init(keys[4], width, classes)}, {}
+
+    def apply(params, buffers, batch, *, taps=(), train=False, key=None):
+        image = batch["image"].astype(params["head"]["kernel"].dtype)
+        corners = image.reshape(-1, 2, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, 8)
+        tokens = corners @ params["embed"]["kernel"] + params["embed"]["bias"].reshape(1, 1, -1)
+        found = {tap: jnp.einsum("btw,whd->bthd", tokens, params[tap]["kernel"]) for tap in QKV}
+        attended = jax.nn.dot_product_attention(*(found[tap] for tap in QKV))
+        answer = tiny.dense(params["head"], (tokens + attended.reshape(tokens.shape)).mean(1))
+        return Outputs(answer, taps={path: found[path] for path in taps}), buffers
+
+    params, buffers = jax.eval_shape(init, jax.random.key(0))
+    return Model(init=init, apply=apply, params=params, buffers=buffers, name=name)
 
 
 @functools.cache
-def teacher(**options) -> Model:
-    return tiny.weights(network(**{"width": 8, "name": "teacher"} | options))
+def student(*, kind=network, **options) -> Model:
+    return tiny.weights(kind(name="student", **options), seed=3)
+
+
+@functools.cache
+def teacher(*, kind=network, members=(), mean="probabilities", **options) -> Model:
+    """One network, or an ensemble of as many as there are numbers of classes in ``members``."""
+    if members:
+        made = [tiny.weights(kind(width=8, classes=classes), seed=7 + i) for i, classes in enumerate(members)]
+        for model in made:  # so sure of their answers that the mean is not next to uniform
+            model.params["head"]["kernel"] *= 8
+        return models.ensemble(made, mean=mean)
+    return tiny.weights(kind(**{"width": 8, "name": "teacher"} | options))
 
 
 def echo(side: str) -> Model:
