@@ -35,13 +35,6 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
     return tree
 
 
-def subtree(tree: Tree, path: str) -> Tree:
-    """What stands at ``path`` (the whole tree for an empty path)."""
-    for name in path.split("/") if path else ():
-        tree = tree[name]
-    return tree
-
-
 def matches(path: str, patterns: Iterable[str]) -> bool:
     """Whether any glob pattern matches the path; ``*`` crosses ``/``, a leading ``!`` takes what it matches out again."""
     found = False

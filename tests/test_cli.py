@@ -278,6 +278,25 @@ def test_a_loss_that_is_not_finite_is_exit_code_1(capsys):
     assert re.match(r"failed: student: step \d+ is not finite: ", one_line(capsys))
 
 
+def test_what_does_not_fit_in_a_training_names_what_is_large_and_what_to_try(capsys):
+    body = """
+        class Huge(recipes.Supervised):
+            def sampling(self, memory):
+                return jnp.zeros(2**60)
+
+        def config():
+            return run(4, recipe=Huge(), sample_every=2)
+    """
+    write(body)
+    assert main(["train", "mine.py"]) == 1
+    line = one_line(capsys)
+    assert re.match(
+        r"failed: out of device memory in student \(\d+ bytes more were wanted\); largest parts of the state on ", line
+    )
+    assert "params student 0.0 MiB" in line
+    assert "try batch_size below 32, microbatches above 1, remat, mesh=MeshShape(fsdp=…)" in line
+
+
 def test_describe_prints_and_makes_no_folder(capsys):
     write(PLAIN)
     assert main(["describe", "mine.py", "--set", "student.batch_size=64"]) == 0

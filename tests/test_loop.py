@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jkd
 from jkd import data, models, optim, recipes
 from jkd.loop import Failed, Stopped
+from jkd.recipe import Bank, Vars
 
 PROGRAM = Path(__file__).parent / "programs" / "resumable.py"
 STUDENT = models.mlp.Config(features=64, hidden=(8,), classes=10)
@@ -219,10 +221,14 @@ def test_answers_prepared_before_the_step_give_the_same_training(teacher):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlyThese(recipes.Supervised):
-    """Asks for examples 0 to 63 alone from the first reading on."""
+    """Asks for examples 0 to 63 alone from the first reading on: what its bank says, whose rows are split over the devices."""
+
+    def init(self, key, ctx):
+        return Vars(memory=Bank((jnp.arange(ctx.bank_rows) < 64).astype(jnp.float32)))
 
     def sampling(self, memory):
-        return (np.arange(1437) < 64).astype(np.float64)
+        assert memory.rows.shape == (1440,)  # 1,437 examples, rounded up to eight devices
+        return memory.rows[:1437]
 
 
 def test_sampling_weights_are_read_at_fixed_steps_only():

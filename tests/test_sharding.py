@@ -148,11 +148,3 @@ def test_gathering_casts_first_and_gradients_come_back_in_float32():
     gradient = jax.jit(jax.grad(use))(stored["kernel"])
     assert gradient.dtype == jnp.float32
     np.testing.assert_array_equal(gradient, 1)
-
-
-def test_local_gives_replicated_values_to_the_host():
-    mesh = MeshShape().build()
-    everywhere = jax.device_put(jnp.arange(3), NamedSharding(mesh, P()))
-    found = sharding.local({"a": everywhere, "b": 2})
-    np.testing.assert_array_equal(found["a"], [0, 1, 2])
-    assert isinstance(found["a"], np.ndarray)

@@ -17,8 +17,6 @@ TREE = {"b": {"kernel": 1, "bias": 2}, "a": {"deep": {"kernel": 3}}, "c": 4}
 def test_paths_are_in_order_and_lead_back():
     assert list(trees.flatten(TREE)) == ["a/deep/kernel", "b/bias", "b/kernel", "c"]
     assert trees.unflatten(trees.flatten(TREE)) == TREE
-    assert trees.subtree(TREE, "a/deep") == {"kernel": 3}
-    assert trees.subtree(TREE, "") == TREE
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def main(process: int, count: int, address: str, out: str) -> None:
             state, metrics = step(state, frozen, sharding.put_batch(own, ctx.mesh))
             if number == 0:
                 found[f"{name}/first"] = whole(multihost_utils, state.params)
-            found[f"{name}/loss{number}"] = {"loss": sharding.local(metrics)["loss"]}
+            found[f"{name}/loss{number}"] = {"loss": sharding.whole(metrics)["loss"]}
         found[f"{name}/end"] = whole(multihost_utils, {"params": state.params, "ema": state.ema, "buffers": state.buffers})
         assert step._cache_size() == 1
     if process == 0:
