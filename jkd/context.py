@@ -139,10 +139,9 @@ class Context:
             group: sharding.parameter_specs(tree, self.mesh, rules.get(group, self.run.rules)) for group, tree in shapes.items()
         }
 
-    def optimizer(self, group: str) -> optax.GradientTransformation:
-        """The optax transformation of a group. Its schedule follows the run's steps however often the group moves."""
-        per_step = sum(1 / update.every for update in self.updates if group in (update.groups or ()))
-        return self.optimizer_config(group).build(lambda count: self.clock(count / per_step if per_step else count))
+    def optimizer(self, group: str, step: Array | int = 0) -> optax.GradientTransformation:
+        """The optax transformation of a group at a step of the run, which its schedule follows however often the group moves."""
+        return self.optimizer_config(group).build(lambda _: self.clock(step))
 
     def optimizer_config(self, group: str) -> Optimizer:
         config = self.run.optimizer

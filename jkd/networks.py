@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jkd import sharding, trees
+from jkd import schedules, sharding, trees
 from jkd.config import StudentEma
 from jkd.context import Context, augment, to_compute
+from jkd.errors import InputError
 from jkd.recipe import Models
 from jkd.schedules import Clock
 from jkd.state import Frozen, State, trainable
@@ -53,10 +54,22 @@ def models_at(ctx: Context, state: State, frozen: Frozen, clock: Clock) -> Model
     if isinstance(ctx.run.teacher, StudentEma):
         params["teacher"], buffers["teacher"] = state.ema["student"]["params"], state.ema["student"]["buffers"]
 
-    def virtual_update(group: str, current: Tree, gradients: Tree) -> Tree:
-        return moved(ctx, group, current, trainable(ctx, group, gradients)[0], state.optimizer[group])[0]
+    def move(models: Models, group: str, gradients: Tree) -> tuple[Tree, Any]:
+        moving = trainable(ctx, group, gradients)[0]
+        return moved(ctx, group, models.params[group], moving, models.optimizer[group], clock.step)
 
-    return Models(ctx.networks, params, buffers, state.memory, clock, lambda *args: _call(ctx, *args), virtual_update)
+    return Models(
+        networks=ctx.networks,
+        params=params,
+        buffers=buffers,
+        memory=state.memory,
+        clock=clock,
+        optimizer=state.optimizer,
+        seed=state.key,
+        call=lambda *args: _call(ctx, *args),
+        move=move,
+        follow=lambda models: _followed(ctx, models),
+    )
 
 
 def _call(
@@ -96,8 +109,35 @@ def _specs(ctx: Context, group: str, params: Tree) -> Tree:
     return ctx.specs[group] if group in ctx.specs else jax.tree.map(lambda _: P(), params)
 
 
-def moved(ctx: Context, group: str, params: Tree, gradient: Tree, optimizer: Any) -> tuple[Tree, Any]:
+def averages(ctx: Context, clock: Clock, before: Tree, now: Tree) -> Tree:
+    """The run's moving average, one update on; leaves that are no floats are taken as they are now."""
+    assert ctx.run.ema is not None
+    decay = schedules.at(ctx.run.ema.decay, clock)
+    if ctx.run.ema.warmup:
+        decay = jnp.minimum(decay, 1 - 1 / (jnp.asarray(clock.step, jnp.float32) + 1))
+
+    def blend(old: Array, new: Array) -> Array:
+        if not jnp.issubdtype(old.dtype, jnp.floating):
+            return new
+        return (decay * old + (1 - decay) * new).astype(old.dtype)
+
+    return jax.tree.map(blend, before, now)
+
+
+def _followed(ctx: Context, models: Models) -> Models:
+    if not isinstance(ctx.run.teacher, StudentEma):
+        raise InputError(f"{type(ctx.recipe).__name__} moves the student's average: it needs Run.teacher = StudentEma()")
+    before, now = (
+        jax.lax.stop_gradient((models.params[group], models.buffers.get(group, {}))) for group in ("teacher", "student")
+    )
+    params, buffers = averages(ctx, models.clock, before, now)
+    return dataclasses.replace(
+        models, params={**models.params, "teacher": params}, buffers={**models.buffers, "teacher": buffers}
+    )
+
+
+def moved(ctx: Context, group: str, params: Tree, gradient: Tree, optimizer: Any, step: Array | int) -> tuple[Tree, Any]:
     """A group after one step of its optimizer, and the optimizer's state; ``gradient`` has the leaves that train."""
     moving, rest = trainable(ctx, group, params)
-    change, optimizer = ctx.optimizer(group).update(gradient, optimizer, moving)
+    change, optimizer = ctx.optimizer(group, step).update(gradient, optimizer, moving)
     return trees.merge(optax.apply_updates(moving, change), rest), optimizer

@@ -51,8 +51,11 @@ class Models:
         buffers: ``{group: tree}``.
         memory: the recipe's memory at the step's start.
         clock: where the run stands.
+        optimizer: ``{group: optax state}``, which `virtual` moves along.
+        seed: key data of the run.
         call: how the engine runs a network (casting, gathering, rematerialising).
-        virtual_update: how the engine would update a group; see `virtual`.
+        move: how the engine would update a group; see `virtual`.
+        follow: how the run's average would follow the student; see `averaged`.
     """
 
     networks: Mapping[str, Model]
@@ -60,8 +63,11 @@ class Models:
     buffers: Mapping[str, Tree]
     memory: Tree
     clock: Clock
+    optimizer: Mapping[str, Any]
+    seed: Array
     call: Callable[..., tuple[Outputs, Tree]]
-    virtual_update: Callable[[str, Tree, Tree], Tree]
+    move: Callable[[Models, str, Tree], tuple[Tree, Any]]
+    follow: Callable[[Models], Models]
 
     def apply(
         self,
@@ -114,10 +120,33 @@ class Models:
         """The networks after an update of ``group`` that is not kept (look-ahead teachers, one-step meta-gradients).
 
         Args:
-            group: the group to move; its optimizer's state is read and not changed.
+            group: the group to move, by its own optimizer, whose state moves along from one virtual update to the next.
             gradients: a tree like ``params[group]``.
         """
-        return self.with_params(**{group: self.virtual_update(group, self.params[group], gradients)})
+        params, optimizer = self.move(self, group, gradients)
+        ahead = self.with_params(**{group: params})
+        return dataclasses.replace(ahead, optimizer={**self.optimizer, group: optimizer})
+
+    def averaged(self) -> Models:
+        """The networks after the run's average (`StudentEma`, the teacher here) has followed the student once more.
+
+        The average that a forward hands back is kept, as buffers are; the step's own average follows it.
+
+        Raises:
+            InputError: the run's teacher is not its student's average.
+        """
+        return self.follow(self)
+
+    def keys(self, batch: Batch) -> Array:
+        """A random key for each example, ``[batch]``, that depends on the run's seed, the step and ``batch["index"]`` alone.
+
+        So draws by example do not depend on how the batch is cut (the ``key`` of a forward does).
+        """
+        if "index" not in batch:
+            raise InputError("draws by example need batch['index'] (which example each row is)")
+        # step keys are folded from small numbers
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(self.seed), 2**32 - 1), self.clock.step)
+        return jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["index"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +159,12 @@ class Update:
     Args:
         groups: parameter groups that move; None for ``student`` and every group that `Recipe.init` made.
         forward, terms, observe, remember: see `Recipe`.
+        combine: ``combine(gradients, *, clock, key) -> gradient`` in place of their sum. ``gradients`` are ``{term: {group:
+            tree}}``, each of ``coef * mean`` over the whole global batch; what it returns is like one of them. It costs a
+            backward pass, and a gradient in memory, for each term.
         every: runs at steps 0, every, 2·every, …
+        when: ``when(memory, clock) -> bool``, and where this holds besides, of the memory as it stood at the step's start
+            (players that wait for each other).
         name: prefix of its terms in the metrics; empty for none.
     """
 
@@ -139,7 +173,9 @@ class Update:
     terms: Callable[..., dict[str, Term]] | None = None
     observe: Callable[..., Tree] | None = None
     remember: Callable[..., Tree] | None = None
+    combine: Callable[..., Tree] | None = None
     every: int = 1
+    when: Callable[[Tree, Clock], Array] | None = None
     name: str = ""
 
 

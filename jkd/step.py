@@ -8,7 +8,7 @@ microbatches, devices and hosts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import optax
 
 from jkd import schedules, sharding, trees
+from jkd.config import StudentEma
 from jkd.context import Context, explained, to_compute
 from jkd.errors import InputError
-from jkd.networks import gathered, models_at, models_of, moved, seen, step_key
+from jkd.networks import averages, gathered, models_at, models_of, moved, seen, step_key
 from jkd.recipe import Models, Update, Vars
 from jkd.schedules import Clock
 from jkd.state import Frozen, State, state_shardings, step_shapes, trainable
-from jkd.types import Array, Batch, Term, Tree
+from jkd.types import Array, Batch, Term, Tree, quotient
 
 Metrics = dict[str, Array]
 
@@ -32,7 +33,8 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
 
     ``batch`` is global (`sharding.put_batch`). Metrics are float32 scalars: ``loss``, ``gradient_norm``, ``learning_rate``, and
     for each term ``term/name`` (its mean), ``coef/name`` and ``share/name`` (of the summed magnitudes of ``coef * mean``); beside
-    them ``ran/name`` for terms of an update with a period: where it is 0 the update did not run and its numbers mean nothing.
+    them ``ran/name`` for terms of an update that does not run at every step: where it is 0 it did not, and its numbers mean
+    nothing.
     """
 
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Metrics]:
@@ -47,11 +49,11 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
             def run(state: State, place: int = place, update: Update = update):
                 return _update(ctx, update, state, start, frozen, batch, clock, jax.random.fold_in(key, place + 1))
 
-            if update.every == 1:
+            runs = _runs(ctx, update, start, clock)
+            if runs is None:
                 state, means, norm = run(state)
             else:
                 idle = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, state)[1:])
-                runs = start.step % update.every == 0
                 state, means, norm = jax.lax.cond(runs, run, lambda state, idle=idle: (state, *idle), state)
             more = {f"{update.name}.{name}" if update.name else name: mean for name, mean in means.items()}
             if twice := terms.keys() & more.keys():
@@ -59,7 +61,7 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
                     f"{type(ctx.recipe).__name__}: two updates have the same term {min(twice)!r}; give one an Update.name"
                 )
             terms |= more
-            if update.every > 1:
+            if runs is not None:
                 ran |= {f"ran/{name}": runs.astype(jnp.float32) for name in more}
             norms.append(norm)
         state = dataclasses.replace(state, step=start.step + 1, ema=_average(ctx, state, clock))
@@ -104,13 +106,10 @@ def make_term_gradients(ctx: Context) -> Callable[[State, Frozen, Batch], Metric
         batch = seen(ctx, batch, key)
         metrics: Metrics = {}
         for place, update in enumerate(ctx.updates):
-
-            def one(name: str | None, place: int = place, update: Update = update) -> tuple[Tree, dict[str, Metrics]]:
-                own = jax.random.fold_in(key, place + 1)
-                return _gradients(ctx, update, state, frozen, batch, clock, own, only=name)[:2]
-
-            names = sorted(jax.eval_shape(lambda one=one: one(None))[1])
-            found = {name: one(name)[0] for name in names}
+            own = jax.random.fold_in(key, place + 1)
+            names = _term_names(ctx, update, state, frozen, batch, clock, own)
+            # one after the other, so that no two need be held
+            found = {name: _gradients(ctx, update, state, frozen, batch, clock, own, apart=(name,))[0][name] for name in names}
             prefix = f"{update.name}." if update.name else ""
             metrics |= {f"norm/{prefix}{name}": optax.tree.norm(gradient) for name, gradient in found.items()}
             if "task" in found and "student" in (update.groups or ()):
@@ -127,17 +126,50 @@ def _update(
 ) -> tuple[State, dict[str, Metrics], Array]:
     """One update: gradients of its groups, the optimizers' steps, and what the recipe remembers."""
     reads = dataclasses.replace(state, memory=start.memory)  # the memory as it stood at the step's start
-    gradients, means, buffers, observed = _gradients(ctx, update, reads, frozen, batch, clock, key)
+    apart = None if update.combine is None else _term_names(ctx, update, reads, frozen, batch, clock, key)
+    gradients, means, kept, observed = _gradients(ctx, update, reads, frozen, batch, clock, key, apart)
+    if update.combine is not None:
+        gradients = _combined(ctx, update, gradients, clock, jax.random.fold_in(jax.random.fold_in(key, 1), 1))
     params, optimizer = dict(state.params), dict(state.optimizer)
     for group, gradient in gradients.items():
-        params[group], optimizer[group] = moved(ctx, group, params[group], gradient, optimizer[group])
+        params[group], optimizer[group] = moved(ctx, group, params[group], gradient, optimizer[group], start.step)
     terms = {name: mean["term"] for name, mean in means.items()}
     with explained(f"{type(ctx.recipe).__name__}.remember"):
         key = jax.random.fold_in(key, 1)
         memory = update.remember(state.memory, observed, batch, terms=terms, clock=clock, key=key)  # type: ignore[misc]
     memory = _same_kind(ctx, jax.tree.map(jnp.asarray, memory), state.memory)
-    state = dataclasses.replace(state, params=params, optimizer=optimizer, buffers=buffers, memory=memory)
+    state = dataclasses.replace(state, params=params, optimizer=optimizer, memory=memory, **kept)
     return state, means, optax.tree.norm(gradients)
+
+
+def _runs(ctx: Context, update: Update, start: State, clock: Clock) -> Array | None:
+    """Whether an update runs at this step; None where it always does."""
+    if update.every == 1 and update.when is None:
+        return None
+    runs = start.step % update.every == 0
+    if update.when is not None:
+        with explained(f"{type(ctx.recipe).__name__}: Update.when"):
+            answer = jnp.asarray(update.when(start.memory, clock))
+        if answer.shape != () or answer.dtype != bool:
+            raise InputError(f"{type(ctx.recipe).__name__}: Update.when gave {answer.dtype}{list(answer.shape)}; give one bool")
+        runs &= answer
+    return runs
+
+
+def _combined(ctx: Context, update: Update, apart: Mapping[str, Tree], clock: Clock, key: Array) -> Tree:
+    """One gradient from those of the terms, as the update says."""
+    with explained(f"{type(ctx.recipe).__name__}: Update.combine"):
+        gradient = update.combine(apart, clock=clock, key=key)  # type: ignore[misc]
+    one, like = (jax.tree.map(jnp.shape, tree) for tree in (gradient, next(iter(apart.values()))))
+    if one != like:
+        raise InputError(f"{type(ctx.recipe).__name__}: Update.combine gave a tree {one}; a gradient is like {like}")
+    return _stored(ctx, gradient)
+
+
+def _term_names(
+    ctx: Context, update: Update, state: State, frozen: Frozen, batch: Batch, clock: Clock, key: Array
+) -> tuple[str, ...]:
+    return tuple(jax.eval_shape(lambda: _gradients(ctx, update, state, frozen, batch, clock, key, ())[1]))
 
 
 def _gradients(
@@ -148,45 +180,69 @@ def _gradients(
     batch: Batch,
     clock: Clock,
     key: Array,
-    only: str | None = None,
+    apart: Sequence[str] | None = None,
 ) -> tuple[Tree, dict[str, Metrics], dict[str, Tree], Tree]:
-    """``(gradients, means, buffers, observed)`` of an update over the whole batch, in as many pieces as the run says.
+    """``(gradients, means, kept, observed)`` of an update over the whole batch, in as many pieces as the run says.
 
-    ``only`` leaves the other terms out of what is differentiated.
+    Gradients are of the terms' sum; with ``apart`` ``{term: gradients}`` of these terms. ``kept`` are the State's fields that
+    forward passes change.
     """
     moving, rest = _partition(ctx, update, state.params)
     count = ctx.run.microbatches
+    before: dict[str, Tree] = {"buffers": state.buffers}
+    if isinstance(ctx.run.teacher, StudentEma):
+        before["ema"] = state.ema
 
-    def objective(moving: Tree, buffers: Tree, batch: Batch, key: Array, totals: Any):
+    def objective(moving: Tree, kept: dict[str, Tree], batch: Batch, key: Array, totals: Any):
         params = _join(moving, rest)
-        models = models_at(ctx, dataclasses.replace(state, params=params, buffers=buffers), frozen, clock)
-        loss, (means, totals, left, observed) = _objective(ctx, update, models, batch, key, totals, only)
-        return loss, (means, totals, {group: left[group] for group in buffers}, observed)
+        models = models_at(ctx, dataclasses.replace(state, params=params, **kept), frozen, clock)
+        parts, (means, totals, models, observed) = _objective(ctx, update, models, batch, key, totals)
+        return parts, (means, totals, _left(models, kept), observed)
 
-    differentiate = jax.grad(objective, has_aux=True)
+    def differentiate(*given: Any):
+        parts, pull, aux = jax.vjp(lambda moving: objective(moving, *given), moving, has_aux=True)
+
+        def gradient(*names: str) -> Tree:
+            return pull({name: jnp.float32(name in names) for name in parts})[0]
+
+        return gradient(*parts) if apart is None else {name: gradient(name) for name in apart}, aux
+
+    def placed(gradients: Tree) -> Tree:
+        return _stored(ctx, gradients) if apart is None else {name: _stored(ctx, one) for name, one in gradients.items()}
+
     if count == 1:
-        gradients, (means, _, buffers, observed) = differentiate(moving, state.buffers, batch, key, None)
-        return _stored(ctx, gradients), means, buffers, observed
+        gradients, (means, _, kept, observed) = differentiate(before, batch, key, None)
+        return placed(gradients), means, kept, observed
 
     pieces = jax.tree.map(lambda rows: _cut(rows, count), batch)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
 
-    def weigh(buffers: Tree, piece: tuple[Batch, Array]):
+    def weigh(kept: dict[str, Tree], piece: tuple[Batch, Array]):
         # Weights rarely depend on a forward pass; where they do not, XLA drops the passes from this scan.
-        _, (_, totals, buffers, _) = objective(moving, buffers, *piece, None)
-        return buffers, totals
+        _, (_, totals, kept, _) = objective(moving, kept, *piece, None)
+        return kept, totals
 
-    totals = jax.tree.map(lambda sums: sums.sum(0), jax.lax.scan(weigh, state.buffers, (pieces, keys))[1])
+    totals = jax.tree.map(lambda sums: sums.sum(0), jax.lax.scan(weigh, before, (pieces, keys))[1])
 
     def accumulate(carry, piece: tuple[Batch, Array]):
-        gradients, buffers = carry
-        more, (means, _, buffers, observed) = differentiate(moving, buffers, *piece, totals)
-        return (_stored(ctx, jax.tree.map(jnp.add, gradients, more)), buffers), (means, observed)
+        gradients, kept = carry
+        more, (means, _, kept, observed) = differentiate(kept, *piece, totals)
+        return (placed(jax.tree.map(jnp.add, gradients, more)), kept), (means, observed)
 
-    zeros = _stored(ctx, jax.tree.map(jnp.zeros_like, moving))
-    (gradients, buffers), (means, observed) = jax.lax.scan(accumulate, (zeros, state.buffers), (pieces, keys))
+    zeros = jax.tree.map(jnp.zeros_like, moving)
+    zeros = placed(zeros if apart is None else dict.fromkeys(apart, zeros))
+    (gradients, kept), (means, observed) = jax.lax.scan(accumulate, (zeros, before), (pieces, keys))
     means = {name: {"term": mean["term"].sum(0), "coef": mean["coef"][-1]} for name, mean in means.items()}
-    return gradients, means, buffers, jax.tree.map(_joined, observed)
+    return gradients, means, kept, jax.tree.map(_joined, observed)
+
+
+def _left(models: Models, before: dict[str, Tree]) -> dict[str, Tree]:
+    """What a forward pass leaves for the next one, fields of the State: buffers, and the average where that is the teacher."""
+    left: dict[str, Tree] = {"buffers": {group: models.buffers[group] for group in before["buffers"]}}
+    if "ema" in before:
+        average = {"params": models.params["teacher"], "buffers": models.buffers["teacher"]}
+        left["ema"] = {**before["ema"], "student": average}
+    return left
 
 
 def _cut(rows: Array, count: int) -> Array:
@@ -205,12 +261,11 @@ def _objective(
     batch: Batch,
     key: Array,
     totals: Mapping[str, Array] | None,
-    only: str | None = None,
 ):
-    """``(loss, (means, totals, buffers, observed))`` of a piece of the batch.
+    """``(parts, (means, totals, models, observed))`` of a piece of the batch; ``parts`` are ``{term: coef * mean}``.
 
-    ``totals`` are the global weight sums; None takes the piece's own, which then is the whole. With them, means and loss are the
-    piece's share, so that shares add up. ``only`` leaves the other terms out of the loss.
+    ``totals`` are the global weight sums; None takes the piece's own, which then is the whole. With them, means and parts are the
+    piece's share, so that shares add up.
     """
     key_forward, key_terms = jax.random.split(key)
     with explained(f"{type(ctx.recipe).__name__}.forward"):
@@ -223,30 +278,21 @@ def _objective(
     _check_observed(ctx, observed, batch)
     weights = {name: weight for name, (_, weight) in sums.items()}
     totals = weights if totals is None else totals
-    loss, means = jnp.float32(0), {}
+    parts, means = {}, {}
     for name, (total, _) in sums.items():
-        weight = totals[name]
-        mean = jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
-        coef = jnp.asarray(terms[name].coef, jnp.float32)
+        mean, coef = quotient(total, totals[name]), jnp.asarray(terms[name].coef, jnp.float32)
         means[name] = {"term": jax.lax.stop_gradient(mean), "coef": jax.lax.stop_gradient(coef)}
-        if only is None or only == name:
-            loss = loss + coef * mean
-    return loss, (means, weights, models.buffers, observed)
+        parts[name] = coef * mean
+    return parts, (means, weights, models, observed)
 
 
 def _sums(name: str, term: Term) -> tuple[Array, Array]:
-    """``(sum of values * weight, sum of weight)``; trailing axes of the values beyond the weight's are averaged."""
     if not isinstance(term, Term):
         raise InputError(f"term {name!r} is no Term(values, weight, coef) but {type(term).__name__}")
-    values, weight = jnp.asarray(term.values, jnp.float32), jax.lax.stop_gradient(jnp.asarray(term.weight, jnp.float32))
-    if weight.ndim == 0 or values.shape[: weight.ndim] != weight.shape:
-        raise InputError(
-            f"term {name!r}: values {values.shape} do not begin with the weight's shape {weight.shape}; hand over what the loss "
-            "returned, unreduced"
-        )
-    values = values.mean(tuple(range(weight.ndim, values.ndim)))
-    # Rows of weight 0 are padding and may hold anything; 0 * nan would reach the sum.
-    return jnp.sum(jnp.where(weight == 0, 0, values) * weight), jnp.sum(weight)
+    try:
+        return term.sums()
+    except InputError as error:
+        raise InputError(f"term {name!r}: {error}") from None
 
 
 def _check_observed(ctx: Context, observed: Tree, batch: Batch) -> None:
@@ -287,17 +333,8 @@ def _stored(ctx: Context, gradients: Tree) -> Tree:
 def _average(ctx: Context, state: State, clock: Clock) -> dict[str, Tree]:
     if ctx.run.ema is None:
         return state.ema
-    decay = schedules.at(ctx.run.ema.decay, clock)
-    if ctx.run.ema.warmup:
-        decay = jnp.minimum(decay, 1 - 1 / (jnp.asarray(clock.step, jnp.float32) + 1))
-
-    def blend(old: Array, new: Array) -> Array:
-        if not jnp.issubdtype(old.dtype, jnp.floating):
-            return new
-        return (decay * old + (1 - decay) * new).astype(old.dtype)
-
     now = {group: {"params": state.params[group], "buffers": state.buffers.get(group, {})} for group in state.ema}
-    return jax.tree.map(blend, state.ema, now)
+    return averages(ctx, clock, state.ema, now)
 
 
 def _report(ctx: Context, terms: dict[str, Metrics], norms: list[Array], clock: Clock) -> Metrics:

@@ -205,3 +205,28 @@ class Term:
     values: Array | np.ndarray
     weight: Array | np.ndarray
     coef: float | Array = 1.0
+
+    def sums(self) -> tuple[Array, Array]:
+        """``(sum of values * weight, sum of weight)``, float32, of the rows at hand."""
+        values = jnp.asarray(self.values, jnp.float32)
+        weight = jax.lax.stop_gradient(jnp.asarray(self.weight, jnp.float32))
+        if weight.ndim == 0 or values.shape[: weight.ndim] != weight.shape:
+            raise InputError(
+                f"values {values.shape} do not begin with the weight's shape {weight.shape}; hand over what the loss returned, "
+                "unreduced"
+            )
+        values = values.mean(tuple(range(weight.ndim, values.ndim)))
+        # Rows of weight 0 are padding and may hold anything; 0 * nan would reach the sum.
+        return jnp.sum(jnp.where(weight == 0, 0, values) * weight), jnp.sum(weight)
+
+    def mean(self) -> Array:
+        """The mean over the rows at hand, 0 where nothing has weight; the step itself takes the one over the global batch.
+
+        For what a recipe computes inside its forward (the loss of a virtual step): such a recipe couples examples.
+        """
+        return quotient(*self.sums())
+
+
+def quotient(total: Array, weight: Array) -> Array:
+    """``total / weight``, and 0 where the weight is."""
+    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)

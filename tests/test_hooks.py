@@ -12,6 +12,7 @@ import tiny
 from tiny import RATE, close, down, logits, nll
 
 from jkd import losses, optim
+from jkd.config import Ema, StudentEma
 from jkd.errors import InputError
 from jkd.prepare import make_prepare
 from jkd.recipe import Recipe, Update, Vars
@@ -102,6 +103,73 @@ def test_virtual_gives_the_one_step_meta_gradient_and_changes_nothing():
     close(jax.tree.map(np.subtract, found.start.params, found.first.params)["teacher"], jax.grad(meta)(teacher.params), 1e-4)
     assert tiny.identical(found.start.params["student"], found.first.params["student"])
     assert tiny.identical(found.start.optimizer["student"], found.first.optimizer["student"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LookAhead(Recipe):
+    """The average follows two virtual students, is kept, and teaches the real one."""
+
+    def forward(self, models, batch, key):
+        ahead = models
+        for _ in range(2):
+            gradient = jax.grad(lambda own, at=ahead: task(at.with_params(student=own).student(batch)[0], batch).mean())
+            ahead = ahead.virtual("student", gradient(models.params["student"])).averaged()
+        models = models.with_params(teacher=ahead.params["teacher"])
+        return models.student(batch)[0], models.teacher(batch), models
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        return {"square": Term(jnp.square(student.logits - teacher.logits).mean(-1), batch["weight"])}
+
+
+def test_the_average_may_follow_virtual_students_whose_optimizer_moves_along():
+    rows, decay = tiny.batch(), 0.6
+    run = tiny.run(recipe=LookAhead(), teacher=StudentEma(), ema=Ema(decay=decay), optimizer=optim.sgd(RATE, momentum=0.9))
+    made = tiny.Engine(run)
+    start, student = made.start.params["student"], made.ctx.student
+    found = made.train([rows])
+
+    def average(old, new):
+        return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
+
+    ahead, teacher, trace = start, start, jax.tree.map(np.zeros_like, start)
+    for _ in range(2):
+        gradient = jax.grad(lambda own: nll(logits(student, own, rows), rows))(start)
+        trace = jax.tree.map(lambda t, g: 0.9 * t + g, trace, gradient)
+        ahead = down(ahead, trace)
+        teacher = average(teacher, ahead)
+    answers = logits(student, teacher, rows)
+    real = down(start, jax.grad(lambda own: jnp.square(logits(student, own, rows) - answers).mean())(start))
+    close(found.first.params["student"], real)
+    close(found.first.ema["student"]["params"], average(teacher, real))
+
+
+def test_an_average_that_is_not_there_cannot_follow():
+    with pytest.raises(InputError, match=r"LookAhead moves the student's average: it needs Run.teacher = StudentEma\(\)"):
+        tiny.Engine(tiny.run(recipe=LookAhead()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noisy(tiny.Plain):
+    """A number for each example, drawn anew at every step."""
+
+    def forward(self, models, batch, key):
+        student, models = models.student(batch)
+        return (student, jax.vmap(jax.random.normal)(models.keys(batch))), None, models
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        student, noise = student
+        return {"noise": Term(noise * student.logits[:, 0], batch["weight"])}
+
+
+def test_draws_by_example_depend_on_seed_step_and_example_alone():
+    rows = tiny.batch()
+    engines = [tiny.Engine(tiny.run(recipe=Noisy(), microbatches=n), devices=d) for n, d in ((1, 1), (4, 8))]
+    first, second = (engine.train([rows, rows]).metrics for engine in engines)
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_allclose(one["term/noise"], other["term/noise"], rtol=1e-5)
+    assert abs(first[0]["term/noise"] - first[1]["term/noise"]) > 1e-3
+    with pytest.raises(InputError, match="draws by example need batch\\['index'\\]"):
+        tiny.Engine(tiny.run(recipe=Noisy()), {k: v for k, v in rows.items() if k != "index"})
 
 
 # --- parts, gradients through the teacher, the product -----------------------------------------------------------------------

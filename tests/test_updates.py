@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from tiny import SGD, close, down, logits, nll
 
 from jkd import losses, optim, schedules
+from jkd.errors import InputError
 from jkd.recipe import Recipe, Update, Vars
+from jkd.recipes import KD
 from jkd.recipes.logits import task
 from jkd.types import Model, Term
 
@@ -238,3 +242,91 @@ def test_a_network_of_the_recipes_own_runs_with_a_groups_weights(microbatches):
     answers = logits(made.ctx.student, params["student"], rows)
     gradient = jax.grad(lambda own: jnp.square(answers - logits(recipe.critic, own, rows)).mean())(params["critic"])
     close(made.train(tiny.batches(2)).first.params["critic"], down(params["critic"], gradient))
+
+
+# --- gradients of the terms put together in another way, and players that wait for each other
+
+
+def alike(gradients, *, clock, key):
+    """The gradient of ``task``, and that of ``kd`` scaled to its length."""
+    task, kd = gradients["task"], gradients["kd"]
+    return optax.tree.add(task, optax.tree.scale(optax.tree.norm(task) / optax.tree.norm(kd), kd))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alike(KD):
+    """KD whose two terms pull equally hard."""
+
+    combine: Callable = alike
+
+    @property
+    def updates(self):
+        return (Update(combine=self.combine),)
+
+
+def test_an_update_may_combine_its_terms_gradients_however_the_batch_is_cut_and_stored():
+    made = tiny.Engine(tiny.run(recipe=Alike(), optimizer=tiny.UNIT))
+    cut = tiny.Engine(tiny.run(recipe=Alike(), optimizer=tiny.UNIT, microbatches=4, mesh=tiny.FSDP), devices=8)
+    rows, params = tiny.batch(ragged=True), made.start.params["student"]
+    answers = logits(made.ctx.teacher, made.ctx.teacher.params, rows)
+    weights = {"task": rows["weight"] * rows["labelled"], "kd": rows["weight"]}
+
+    def term(own, name):
+        own = logits(made.ctx.student, own, rows)
+        task, kd = losses.cross_entropy(own, rows["label"]), losses.forward_kl(own, answers, temperature=4.0)
+        values = 0.1 * task if name == "task" else 0.9 * kd
+        return (values * weights[name]).sum() / weights[name].sum()
+
+    task, kd = (jax.grad(term)(params, name) for name in ("task", "kd"))
+    wanted = optax.tree.add(task, optax.tree.scale(optax.tree.norm(task) / optax.tree.norm(kd), kd))
+    for engine in (made, cut):
+        found = engine.train([rows])
+        close(jax.tree.map(np.subtract, params, found.first.params["student"]), wanted)
+        np.testing.assert_allclose(found.metrics[0]["gradient_norm"], optax.tree.norm(wanted), rtol=1e-5)
+        np.testing.assert_allclose(found.metrics[0]["loss"], term(params, "task") + term(params, "kd"), rtol=1e-5)
+
+
+def test_a_combination_that_is_no_gradient_is_told():
+    with pytest.raises(InputError, match="Alike: Update.combine gave a tree .*; a gradient is like"):
+        tiny.Engine(tiny.run(recipe=Alike(combine=lambda gradients, *, clock, key: gradients["task"]["student"]["head"])))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turns(Adversary):
+    """The two players of `Adversary` take turns of two steps; the memory counts those that the student has had."""
+
+    when: Callable = lambda memory, clock: memory["turns"] % 4 < 2
+
+    @property
+    def updates(self):
+        tell, fool = super().updates
+        return (
+            dataclasses.replace(tell, when=self.when, remember=self.count),
+            dataclasses.replace(fool, when=lambda memory, clock: ~self.when(memory, clock), remember=self.count),
+        )
+
+    def init(self, key, ctx):
+        return dataclasses.replace(super().init(key, ctx), memory={"turns": jnp.int32(0)})
+
+    def count(self, memory, observed, batch, *, terms, clock, key):
+        return {"turns": memory["turns"] + 1}
+
+
+def test_an_update_may_wait_for_what_the_memory_says():
+    made = tiny.Engine(tiny.run(recipe=Turns(), optimizer=optim.adamw(0.1)))
+    state, moved = made.fresh(), []
+    for rows in tiny.batches(5):
+        before = jax.device_get(state)
+        state, metrics = made.step(state, made.frozen, made.put(rows))
+        groups = ("discriminator", "student")
+        still = [tiny.identical(before.optimizer[g], jax.device_get(state.optimizer[g])) for g in groups]
+        assert still == [tiny.identical(before.params[g], jax.device_get(state.params[g])) for g in groups]
+        assert [metrics["ran/discriminator.tell"], metrics["ran/fool"]] == [not s for s in still]
+        moved.append(groups[still.index(False)])
+    assert moved == ["discriminator"] * 2 + ["student"] * 2 + ["discriminator"]
+    assert state.memory["turns"] == 5
+
+
+def test_a_condition_that_is_no_bool_is_told():
+    with pytest.raises(InputError, match=r"Turns: Update.when gave int32\[\]; give one bool"):
+        tiny.Engine(tiny.run(recipe=Turns(when=lambda memory, clock: memory["turns"])))
