@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -176,8 +176,3 @@ def whole(tree: Tree) -> Tree:
         return np.asarray(leaf)
 
     return jax.tree.map(gathered, tree)
-
-
-def local(tree: Tree, function: Callable[[Array], Any] = np.asarray) -> Tree:
-    """Replicated arrays as NumPy, on any process."""
-    return jax.tree.map(lambda leaf: function(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf), tree)
