@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
-from fsspec.implementations.memory import MemoryFileSystem
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from stored import Kept, assert_same, bits, damage, devices, saved, shapes, state
 
-from jkd import manifest, optim, sharding
+from jkd import optim, sharding
 from jkd.checkpoint import Checkpoints
 from jkd.config import Ema
 from jkd.errors import InputError
-from jkd.recipe import Bank
 from jkd.resolve import make_context
 from jkd.sharding import MeshShape
 from jkd.state import State, init_state
@@ -35,108 +31,10 @@ from jkd.step import make_step
 HELPER = Path(__file__).with_name("checkpoint_process.py")
 
 
-def devices(count: int) -> Mesh:
-    return jax.make_mesh((count,), ("x",), devices=jax.devices()[:count], axis_types=(jax.sharding.AxisType.Auto,))
-
-
-def state(mesh: Mesh | None = None, *, seed: int = 0, width: int = 16) -> State:
-    """One of everything that a state may hold, rows over the mesh where they divide by it."""
-    mesh = mesh or devices(8)
-    rng = np.random.default_rng(seed)
-    params = {
-        "student": {
-            "dense": {
-                "kernel": rng.normal(size=(8, width)).astype(np.float32),
-                "bias": np.float32([np.nan, -0.0, np.inf, 1e-42]),
-            },
-            "empty": {},
-            "layers": [rng.normal(size=(8, 3)).astype(np.float32), np.float32(2.5)],
-        },
-        "head:a/b.c": {"kernel": jnp.asarray(rng.normal(size=(16, 2)), jnp.bfloat16)},
-    }
-    tree = State(
-        step=jnp.int32(seed),
-        params=params,
-        optimizer={group: optax.chain(optax.clip(1.0), optax.adamw(1e-3)).init(tree) for group, tree in params.items()},
-        buffers={"student": {}},
-        ema={"student": {"params": jax.tree.map(lambda leaf: leaf * 2, params["student"]), "buffers": {}}},
-        memory={
-            "bank": Bank(jnp.asarray(rng.normal(size=(16, 4)), jnp.float16)),
-            "counts": rng.integers(-(2**31), 2**31 - 1, size=(8,), dtype=np.int32),
-            "flags": np.array([True, False, True]),
-            "key": jax.random.key(5),
-            "keys": jax.random.split(jax.random.key(6, impl="rbg"), 8),
-            "nothing": None,
-            "none": np.zeros((0, 3), np.float32),
-            "tuple": (jnp.uint8(3), ()),
-        },
-        key=jax.random.key_data(jax.random.key(seed)),
-    )
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec(leaf, mesh))), tree)
-
-
-def spec(leaf, mesh: Mesh) -> P:
-    return P("x") if np.ndim(leaf) and leaf.shape[0] and leaf.shape[0] % mesh.size == 0 else P()
-
-
-def shapes(tree, mesh: Mesh | None = None):
-    def shape(leaf):
-        place = NamedSharding(mesh, spec(leaf, mesh)) if mesh else leaf.sharding
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    return jax.tree.map(shape, tree)
-
-
-def bits(leaf) -> tuple:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return (str(jax.random.key_impl(leaf)), *bits(jax.random.key_data(leaf)))
-    return str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
-
-
-def assert_same(found, wanted) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for (path, one), other in zip(jax.tree_util.tree_flatten_with_path(found)[0], jax.tree.leaves(wanted), strict=True):
-        assert bits(one) == bits(other), path
-
-
-class Kept(Checkpoints):
-    """Checkpoints that remember what they reported."""
-
-    def __init__(self, directory, **options):
-        self.lines: list[str] = []
-        super().__init__(directory, report=self.lines.append, **options)
-
-
 @pytest.fixture
 def checkpoints(tmp_path):
     with Kept(tmp_path / "checkpoints", keep=3) as kept:
         yield kept
-
-
-def saved(checkpoints: Checkpoints, *steps: int, **options) -> None:
-    for step in steps:
-        checkpoints.save(step, state(seed=step), {"position": step}, **options)
-    checkpoints.wait()
-
-
-def damage(path: Path, how: str) -> None:
-    if how == "deleted":
-        path.unlink()
-    elif how == "truncated":
-        path.write_bytes(path.read_bytes()[:-1])
-    elif how == "longer":
-        path.write_bytes(path.read_bytes() + b"\0")
-    else:
-        flip(path, random.Random(3))
-
-
-def flip(path: Path, rng: random.Random) -> bytes:
-    """Changes one bit; returns what was there."""
-    before = path.read_bytes()
-    changed = bytearray(before)
-    changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
-    path.write_bytes(changed)
-    return before
 
 
 def test_everything_comes_back_bit_for_bit_in_its_place(checkpoints):
@@ -187,125 +85,6 @@ def test_a_saved_state_may_be_donated_at_once(checkpoints):
                 tree = move(tree)
             found, *_ = checkpoints.restore(shapes(tree), trial)
             assert_same(jax.device_get(found), wanted)
-
-
-@pytest.mark.parametrize("how", ["flipped", "truncated", "longer", "deleted"])
-def test_damage_is_named_and_the_checkpoint_before_is_used(checkpoints, how):
-    saved(checkpoints, 1, 2)
-    data = max(
-        (path for path in Path(checkpoints.directory, "2").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
-    size = data.stat().st_size
-    damage(data, how)
-    found, meta, step = checkpoints.restore(shapes(state()))
-    assert (step, meta) == (1, {"position": 1})
-    assert_same(found, state(seed=1))
-    said = {
-        "flipped": "does not match its checksum",
-        "truncated": f"has {size - 1} bytes, its manifest says {size}",
-        "longer": f"has {size + 1} bytes, its manifest says {size}",
-        "deleted": "is missing",
-    }[how]
-    name = data.relative_to(Path(checkpoints.directory, "2"))
-    assert checkpoints.lines == [f"checkpoint 2: {name} {said}; using checkpoint 1"]
-    assert checkpoints.steps() == [1]
-    with pytest.raises(InputError, match=re.escape(f"checkpoint 2: {name} {said}")):
-        Checkpoints(checkpoints.directory).restore(shapes(state()), 2)
-
-    checkpoints.save(2, state(seed=22), {"position": 2})  # trained again, from checkpoint 1
-    found, _, step = checkpoints.restore(shapes(state()))
-    assert step == 2
-    assert_same(found, state(seed=22))
-    assert len(list(Path(checkpoints.directory).iterdir())) == 2
-
-
-def test_a_flipped_bit_in_any_file_is_found(checkpoints):
-    saved(checkpoints, 7)
-    place = Path(checkpoints.directory, "7")
-    files = sorted(path for path in place.rglob("*") if path.is_file())
-    assert {"leaves.json", "meta-0.json", "manifest-0-of-1.json", "manifest.ocdbt", "_METADATA"} <= {
-        path.name for path in files
-    }
-    rng = random.Random(0)
-    for path in files:
-        for _ in range(5):
-            before = flip(path, rng)
-            assert path.name in manifest.problem(checkpoints.directory / "7"), path
-            path.write_bytes(before)
-    assert manifest.problem(checkpoints.directory / "7") == ""
-
-
-def test_where_none_is_whole_that_is_an_error(checkpoints):
-    assert checkpoints.restore(shapes(state())) is None
-    saved(checkpoints, 1, 2)
-    for step in (1, 2):
-        damage(Path(checkpoints.directory, str(step), "arrays", "_METADATA"), "flipped")
-    with pytest.raises(
-        InputError, match="checkpoint 1: arrays/_METADATA does not match its checksum; no checkpoint in .* is whole"
-    ):
-        checkpoints.restore(shapes(state()))
-    assert checkpoints.lines == ["checkpoint 2: arrays/_METADATA does not match its checksum; using checkpoint 1"]
-    with pytest.raises(InputError, match=r"no checkpoint of step 5 in .*; there are \[1, 2\]"):
-        Checkpoints(checkpoints.directory).restore(shapes(state()), 5)
-
-
-def test_an_unfinished_save_is_skipped_and_removed_by_the_next(checkpoints):
-    saved(checkpoints, 1, 2)
-    Path(checkpoints.directory, "2", "manifest-0-of-1.json").unlink()
-    assert checkpoints.steps() == [1]
-    assert checkpoints.restore(shapes(state()))[2] == 1
-    assert checkpoints.lines == ["checkpoint 2 has no manifest: its save was not finished; using checkpoint 1"]
-    saved(checkpoints, 3)
-    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["1", "3"]
-    for step in ("1", "3"):
-        Path(checkpoints.directory, step, "manifest-0-of-1.json").unlink()
-    assert checkpoints.restore(shapes(state())) is None
-
-
-class ObjectStore(MemoryFileSystem):
-    """Files in memory, under ``s3://``; as in a bucket, a folder is there as long as something is in it."""
-
-    protocol = "s3"
-    store: dict = {}
-    pseudo_dirs = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(str(path).replace("s3://", "memory://"))
-
-    def mkdir(self, path, create_parents=True, **options):
-        pass
-
-    makedirs = mkdir
-
-
-@pytest.fixture
-def bucket():
-    fsspec.register_implementation("s3", ObjectStore, clobber=True)
-    ObjectStore.store.clear()
-    return ObjectStore.store
-
-
-def test_an_object_store(bucket):
-    with Kept("s3://bucket/run/checkpoints", keep=1) as checkpoints:
-        assert checkpoints.restore(shapes(state())) is None
-        saved(checkpoints, 1, 2)
-        found, meta, step = checkpoints.restore(shapes(state()))
-        assert (step, meta) == (2, {"position": 2})
-        assert_same(found, state(seed=2))
-        assert {name.split("/")[4] for name in bucket} == {"2"}
-        checkpoints.save(3, state(seed=3), {})
-        checkpoints.wait()
-        name = next(name for name in bucket if name.endswith("leaves.json"))
-        ObjectStore().pipe_file(name, b"{}")
-        with pytest.raises(InputError, match="checkpoint 3: leaves.json has 2 bytes"):
-            checkpoints.restore(shapes(state()))
-    assert checkpoints.lines == []
-
-
-def test_a_store_that_cannot_be_reached_is_named():
-    with pytest.raises(InputError, match="cannot write checkpoints to gs://bucket/run: .*gcsfs"):
-        Checkpoints("gs://bucket/run")
 
 
 @pytest.mark.parametrize(

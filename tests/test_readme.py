@@ -1,9 +1,13 @@
 """Every Python block of the README and of docs/ runs, in order, in one namespace per file."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from jkd import configfile
+from jkd.cli import main, parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,6 +53,25 @@ def test_the_first_two_commands_are_the_main_job_and_all_tests():
     assert [command.count("\n") for command in commands] == [0, 0]
     assert commands[0].endswith("jkd train configs/digits.py")
     assert "pytest" in commands[1]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every ``jkd …`` line of the bash blocks, as arguments; what a shell does behind it is left to the shell."""
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    split = [shlex.split(re.split(r" [>|] ", line)[0], comments=True) for line in lines if line.startswith("jkd ")]
+    return [words[1:] for words in split]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_are_ones_that_jkd_takes(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for words in commands(page.read_text()):
+        arguments = parser().parse_args(words)
+        if arguments.command in ("recipes", "configs"):
+            assert main(words) == 0
+            assert capsys.readouterr().out
+        elif hasattr(arguments, "sets") and arguments.config in configfile.names():
+            configfile.resolve(configfile.load(arguments.config), arguments.sets)  # an unknown name or value raises
 
 
 def test_links_lead_somewhere():
