@@ -12,6 +12,7 @@ import tiny
 from jkd import sharding
 from jkd.config import Run
 from jkd.data.augment import as_float
+from jkd.networks import models_of
 from jkd.resolve import make_context
 from jkd.state import init_state, state_shardings
 from jkd.step import make_step
@@ -83,7 +84,8 @@ class Trial:
         state, self.frozen = init_state(self.ctx, jax.random.key(0))
         self.start, self.step = jax.device_get(state), make_step(self.ctx)
 
-    def student(self, batches, *, seed: int = 0, params=None, average: bool = False):
+    def trained(self, batches, *, seed: int = 0, params=None):
+        """The state after these batches."""
         params = jax.device_get(self.ctx.student.init(jax.random.key(seed))[0]) if params is None else params
         start = dataclasses.replace(self.start, params={**self.start.params, "student": params})
         if start.ema:
@@ -91,7 +93,15 @@ class Trial:
         state = sharding.put(start, state_shardings(self.ctx))
         for batch in batches:
             state, _ = self.step(state, self.frozen, sharding.put_batch(batch, self.ctx.mesh))
+        return state
+
+    def student(self, batches, *, average: bool = False, **start):
+        state = self.trained(batches, **start)
         return jax.device_get(state.ema["student"]["params"] if average else state.params["student"])
+
+    def product(self, batches, **start) -> Model:
+        """What the recipe deploys after these batches."""
+        return self.ctx.recipe.deploy(models_of(self.ctx, self.trained(batches, **start), self.frozen))
 
     def answers(self, params, image) -> np.ndarray:
         """Probabilities."""
