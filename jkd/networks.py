@@ -88,7 +88,8 @@ def _call(
 
     def run(params: Tree, buffers: Tree, batch: Any) -> tuple[Outputs, Tree]:
         params = sharding.at_use(params, specs, ctx.mesh, jnp.dtype(ctx.run.compute_dtype))
-        outputs, new = model.apply(params, buffers, to_compute(ctx.run, batch), taps=taps, train=train, key=key)
+        with jax.sharding.use_abstract_mesh(ctx.mesh.abstract_mesh):  # kernels that XLA cannot split ask what the mesh is
+            outputs, new = model.apply(params, buffers, to_compute(ctx.run, batch), taps=taps, train=train, key=key)
         return outputs, jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), new, buffers)
 
     if ctx.run.remat is not None and train:

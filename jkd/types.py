@@ -26,7 +26,8 @@ Batch = dict[str, Any]
 ``weight`` ``[batch]`` float (0 marks padding) is always there. ``index`` ``[batch]`` int32 is a stable example id, ``labelled``
 ``[batch]`` is 1 where the label may be used. ``image`` is ``[batch, height, width, channels]``: uint8 in 0..255, or float in 0..1.
 ``label`` is int ``[batch]``, or a distribution ``[batch, classes]`` after mixing. ``tokens`` ``[batch, time]``, ``mask`` (1 = real),
-``loss_mask`` (1 = counted), ``segment``, ``position``. ``teacher`` is an `Outputs` that was prepared earlier.
+``loss_mask`` (1 = counted), ``segment``, ``position``: see `jkd.tokens`. ``teacher`` is an `Outputs` that was prepared earlier.
+``cache`` is what a model that generates has kept of earlier tokens (`Model.cache`).
 """
 
 
@@ -37,8 +38,12 @@ class Outputs:
     Args:
         logits: ``[..., classes]``; or None where ``hidden`` and ``head`` give them, or where the model has none.
         hidden: ``[..., dim]``, the input of the last linear map.
-        head: ``[dim, classes]``, that map. Keeping the two apart lets a loss walk the classes in blocks.
-        heads: further answers by name (distillation token, auxiliary head, embedding, score, box).
+        head: ``[dim, rows]``, that map. Keeping the two apart lets a loss walk the classes in blocks.
+        bias: ``[rows]`` that ``hidden @ head`` gets, or None.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` where this is given (a number, no array).
+        classes: how many of the head's first ``rows`` are classes: the others only pad its shape, are in no softmax, and are cut
+            from ``logits``; None: all. Two models of one vocabulary that pad it differently thus have logits of one shape.
+        heads: further answers by name (distillation token, auxiliary head, embedding, score, box; the new ``cache``).
         taps: what was captured, by the path that asked for it.
     """
 
@@ -48,18 +53,24 @@ class Outputs:
         *,
         hidden: Array | None = None,
         head: Array | None = None,
+        bias: Array | None = None,
+        softcap: float | None = None,
+        classes: int | None = None,
         heads: Mapping[str, Any] | None = None,
         taps: Mapping[str, Any] | None = None,
     ):
         self._logits = logits
         self.hidden = hidden
         self.head = head
+        self.bias = bias
+        self.softcap = softcap
+        self.classes = classes
         self.heads = dict(heads or {})
         self.taps = dict(taps or {})
 
     @property
     def logits(self) -> Array:
-        """``[..., classes]``; computed as ``hidden @ head`` where the model keeps the two apart.
+        """``[..., classes]``; computed in float32 as ``cap(hidden @ head + bias)`` where the model keeps the two apart.
 
         Raises:
             AttributeError: the model gives neither.
@@ -67,7 +78,12 @@ class Outputs:
         if self._logits is not None:
             return self._logits
         if self.hidden is not None and self.head is not None:
-            return jnp.einsum("...d,dc->...c", self.hidden, self.head, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("...d,dc->...c", self.hidden, self.head, preferred_element_type=jnp.float32)
+            if self.bias is not None:
+                logits += self.bias.reshape((1,) * (logits.ndim - 1) + (-1,))
+            if self.softcap is not None:
+                logits = self.softcap * jnp.tanh(logits / self.softcap)
+            return logits[..., : self.classes]
         raise AttributeError("these Outputs hold no logits (neither logits nor hidden and head)")
 
     @property
@@ -81,28 +97,32 @@ class Outputs:
             return tuple(self._logits.shape)
         if self.hidden is None or self.head is None:
             raise AttributeError("these Outputs hold no logits (neither logits nor hidden and head)")
-        return (*self.hidden.shape[:-1], self.head.shape[-1])
+        rows = self.head.shape[-1]
+        return (*self.hidden.shape[:-1], rows if self.classes is None else min(rows, self.classes))
 
     def replace(self, **changes: Any) -> Outputs:
         """A copy with some of the constructor's arguments changed."""
-        fields = dict(logits=self._logits, hidden=self.hidden, head=self.head, heads=self.heads, taps=self.taps)
-        return Outputs(**(fields | changes))
+        arrays = dict(logits=self._logits, hidden=self.hidden, head=self.head, bias=self.bias, heads=self.heads, taps=self.taps)
+        return Outputs(**(arrays | dict(softcap=self.softcap, classes=self.classes) | changes))
 
     def tree_flatten(self):
-        return (self._logits, self.hidden, self.head, self.heads, self.taps), None
+        arrays = (self._logits, self.hidden, self.head, self.bias, self.heads, self.taps)
+        return arrays, (self.softcap, self.classes)
 
     @classmethod
-    def tree_unflatten(cls, _, children):
+    def tree_unflatten(cls, static, children):
         # Past __init__: jax also unflattens with placeholders that are no arrays and no mappings.
         outputs = object.__new__(cls)
-        outputs._logits, outputs.hidden, outputs.head, outputs.heads, outputs.taps = children
+        outputs._logits, outputs.hidden, outputs.head, outputs.bias, outputs.heads, outputs.taps = children
+        outputs.softcap, outputs.classes = static
         return outputs
 
     def __repr__(self) -> str:
         def shape(x):
             return getattr(x, "shape", x)
 
-        given = dict(logits=self._logits, hidden=self.hidden, head=self.head)
+        given: dict[str, Any] = dict(logits=self._logits, hidden=self.hidden, head=self.head, bias=self.bias)
+        given |= dict(softcap=self.softcap, classes=self.classes)
         parts = [f"{name}={shape(value)}" for name, value in given.items() if value is not None]
         parts += [
             f"{name}={jax.tree.map(shape, value)}" for name, value in (("heads", self.heads), ("taps", self.taps)) if value
@@ -138,6 +158,10 @@ class Preprocess:
         return (image - mean) / std
 
 
+def _no_cache(rows: int, length: int, dtype: Any = jnp.float32) -> Tree:
+    raise InputError(f"cache({rows}, {length}): this model does not generate; models.decoder does")
+
+
 def _no_parts(path: str) -> Model:
     raise InputError(f"submodule({path!r}): this model cannot be cut into parts; build it with models.from_nnx")
 
@@ -155,8 +179,11 @@ class Model:
         paths: ``paths(batch) -> {path: shape}`` of everything that can be tapped, by ``eval_shape`` alone.
         submodule: ``submodule(path) -> Model``, a part of this model whose ``apply`` takes the part's input in the batch's
             place and whose params are the subtree at that path.
+        cache: ``cache(rows, length, dtype=float32) -> Tree``, room for ``length`` tokens of each row: see `jkd.models.decoder`.
         preprocess: how it wants its images; None for models that read no ``image``.
         couples_batch: True where one example's answer in training depends on the others (BatchNorm).
+        config: what it was built from, where that is known; `models.save_pretrained` reads it.
+        tokenizer: fingerprint of the vocabulary that its tokens are numbers of (`jkd.data.tokenizer`), where that is known.
         name: for tables and messages.
     """
 
@@ -166,8 +193,11 @@ class Model:
     buffers: Tree
     paths: Callable[[Any], dict[str, jax.ShapeDtypeStruct]] = dataclasses.field(default=lambda batch: {})
     submodule: Callable[[str], Model] = _no_parts
+    cache: Callable[..., Tree] = _no_cache
     preprocess: Preprocess | None = None
     couples_batch: bool = False
+    config: Any = None
+    tokenizer: str | None = None
     name: str = "model"
 
     @property

@@ -1,5 +1,6 @@
-"""Networks (`resnet`, `vit`, `mlp`), and adapters that make a Model of any other one without changing it."""
+"""Networks (`resnet`, `vit`, `mlp`, `decoder`), published weights in and out, adapters that make a Model of any other network."""
 
+from jkd.models import decoder as decoder
 from jkd.models import mlp as mlp
 from jkd.models import resnet as resnet
 from jkd.models import vit as vit
@@ -8,3 +9,5 @@ from jkd.models.adapt_linen import from_linen as from_linen
 from jkd.models.adapt_nnx import from_nnx as from_nnx
 from jkd.models.compose import ensemble as ensemble
 from jkd.models.compose import prepared as prepared
+from jkd.models.pretrained import from_pretrained as from_pretrained
+from jkd.models.pretrained import save_pretrained as save_pretrained

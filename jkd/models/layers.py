@@ -1,0 +1,33 @@
+"""Layers that several networks are made of, in whatever dtype their parameters come."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+
+
+class Embed(nnx.Module):
+    """A row of a table for each integer: ``[...]`` to ``[..., dim]``; numbers beyond the table give NaN."""
+
+    def __init__(self, rows: int, dim: int, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (rows, dim)))
+
+    def __call__(self, numbers: Array) -> Array:
+        return jnp.take(self.embedding[...], numbers, axis=0)
+
+
+class RMSNorm(nnx.Module):
+    """``x / rms(x) * scale`` over the last axis, in float32; ``scale`` is stored less 1 where ``centered``."""
+
+    def __init__(self, features: int, *, epsilon: float, centered: bool = False):
+        self.scale = nnx.Param((jnp.zeros if centered else jnp.ones)((features,)))
+        self.epsilon, self.offset = epsilon, 1.0 if centered else 0.0
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        scale = self.scale[...].astype(jnp.float32) + self.offset
+        return (normal * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)

@@ -1,0 +1,107 @@
+"""Attention: the mask of every option against one written out, and the TPU's kernel against XLA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from quick import jit
+
+from jkd.models import attention
+
+numbers = np.random.default_rng(0)
+
+
+def heads(count, time=12, dim=8, batch=2):
+    return jnp.asarray(numbers.normal(size=(batch, time, count, dim)), jnp.float32)
+
+
+def reference(query, key, value, where, *, scale, softcap=None):
+    """One query at a time, in float64."""
+    query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
+    out = np.zeros(query.shape)
+    for row, place, head in np.ndindex(*query.shape[:3]):
+        own = head * key.shape[2] // query.shape[2]
+        scores = scale * key[row, :, own] @ query[row, place, head]
+        scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+        weights = np.where(where[row, place], np.exp(scores - scores.max()), 0)
+        out[row, place, head] = weights / weights.sum() @ value[row, :, own]
+    return out
+
+
+OPTIONS = [
+    dict(causal=True),
+    dict(causal=False),
+    dict(causal=True, window=4),
+    dict(causal=False, window=3),
+    dict(causal=True, window=4, softcap=1.5, scale=0.7),
+    dict(causal=False, softcap=1.5),
+]
+
+
+def test_every_option_with_grouped_heads():
+    query, key, value = heads(4), heads(2), heads(2)
+    segment = jnp.asarray([[0] * 5 + [1] * 7, [2] * 12])
+    options = [options | dict(segment=own) for options in OPTIONS for own in (None, segment)]
+    found = jit(lambda *args: [attention.attend(*args, **one) for one in options])(query, key, value)
+    behind = np.arange(12)[:, None] - np.arange(12)[None]
+    for one, out in zip(options, found, strict=True):
+        where = np.ones((2, 12, 12), bool) & ((behind >= 0) | (not one["causal"]))
+        where &= np.abs(behind) < one.get("window", 12)
+        if one["segment"] is not None:
+            where &= np.asarray(segment)[:, :, None] == np.asarray(segment)[:, None]
+        expected = reference(query, key, value, where, scale=one.get("scale", 8**-0.5), softcap=one.get("softcap"))
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5, err_msg=str(one))
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_few_queries_against_more_keys(softcap):
+    query, key, value = heads(4, time=2), heads(2), heads(2)
+    where = numbers.random((2, 1, 2, 12)) < 0.5
+    where[..., 0] = True
+    found = attention.attend_where(query, key, value, jnp.asarray(where), softcap=softcap)
+    expected = reference(query, key, value, where[:, 0], scale=8**-0.5, softcap=softcap)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_of_tpus_on_every_devices_own_rows_and_heads():
+    """Interpreted, over a mesh of eight; what it is compiled to is another matter, which needs a TPU's compiler."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    query, key, value = (heads(count, time=256, dim=64, batch=4) for count in (4, 2, 2))
+    segment = jnp.asarray(np.repeat([[0, 1, 1, 2]], 64, axis=1).repeat(4, axis=0).reshape(4, 256))
+    options = dict(causal=True, window=50, softcap=5.0, scale=0.1)
+
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attention._splash(*args, segment, interpret=True, **options)
+
+    found = jit(run)(*jax.device_put((query, key, value), NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))))
+    expected = attention.attend(query, key, value, segment=segment, **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow  # the interpreted backward kernels
+def test_the_kernel_of_tpus_has_the_same_gradients():
+    query, key, value = (heads(count, time=128, dim=64) for count in (4, 2, 2))
+    options = dict(causal=True, window=50, scale=0.1)
+
+    def gradients(run):
+        return jit(jax.grad(lambda *args: (run(*args) * query).sum(), (0, 1, 2)))(query, key, value)
+
+    kernel = functools.partial(attention._splash, segment=None, softcap=None, interpret=True, **options)
+    for found, expected in zip(gradients(kernel), gradients(functools.partial(attention.attend, **options)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_kernels_cover():
+    half, full = heads(2, time=128, dim=64).astype(jnp.bfloat16), heads(2, time=128, dim=64)
+    assert attention._cudnn_fits(half, True, 4)
+    assert not attention._cudnn_fits(full, True, None)
+    assert not attention._cudnn_fits(half, False, 4)
+    assert not attention._cudnn_fits(half[:, :127], True, None)
+    assert attention._splash_fits(full)
+    assert not attention._splash_fits(full[:, :100])
+    assert not attention._splash_fits(full[..., :40])
+    assert attention._platform() == "cpu"

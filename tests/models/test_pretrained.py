@@ -1,0 +1,283 @@
+"""Published weights: answers as `transformers` gives them, files as it writes them, and every way in which a directory is wrong.
+
+tests/golden/pretrained is made by tests/make_pretrained.py, which also says how `transformers` reads what is written here.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quick import jit
+from safetensors.numpy import load_file, save_file
+
+from jkd import models
+from jkd.errors import InputError
+from jkd.models import decoder, pretrained
+from jkd.models.pretrained.layout import Layout
+from jkd.sharding import MeshShape
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "pretrained"
+DECODERS = ("llama", "llama3", "qwen2", "qwen3", "gemma2", "gemma3")
+ALL = (*DECODERS,)
+
+
+def one_device():
+    return MeshShape(data=1).build(jax.devices()[:1])
+
+
+def load(name, **options):
+    return models.from_pretrained(GOLDEN / name, **{"mesh": one_device()} | options)
+
+
+@pytest.fixture(scope="module")
+def answers():
+    return lambda name: dict(np.load(GOLDEN / name / "answers.npz"))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_are_those_of_transformers(name, answers):
+    model, known = load(name), answers(name)
+    batch = {"tokens": known["tokens"], "mask": known["mask"]}
+    logits = jit(lambda weights: model.apply(*weights, batch)[0].logits)((model.params, model.buffers))
+    real = known["mask"][..., None] > 0
+    assert known["logits"].std() > 0.3
+    np.testing.assert_allclose(np.where(real, logits, 0), np.where(real, known["logits"], 0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_written_is_what_was_read(name, tmp_path):
+    model = load(name)
+    models.save_pretrained(model, tmp_path, largest=20_000, extra={"eos_token_id": 2})
+    theirs = load_file(GOLDEN / name / "model.safetensors")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    ours = {key: value for file in files for key, value in load_file(file).items()}
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        np.testing.assert_array_equal(ours[key], value, err_msg=key)
+        assert (ours[key].dtype, ours[key].shape) == (value.dtype, value.shape)
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.exists() == (len(files) > 1)
+    written, original = (json.loads((path / "config.json").read_text()) for path in (tmp_path, GOLDEN / name))
+    assert (written["architectures"], written["model_type"]) == (original["architectures"], original["model_type"])
+    assert written["eos_token_id"] == 2
+    again = models.from_pretrained(tmp_path, mesh=one_device())
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, (again.params, again.buffers), (model.params, model.buffers))
+
+
+def test_parts_are_read_where_they_go():
+    """Eight devices; every one holds, and has read, its own block."""
+    whole = load("qwen3").params
+    parts = load("qwen3", mesh=MeshShape(data=2, fsdp=2, tensor=2), rules=decoder.RULES).params
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    query = parts["layers"]["attention"]["query"]["kernel"]
+    assert query.shape == (2, 16, 4, 8)
+    assert {shard.data.shape for shard in query.addressable_shards} == {(2, 8, 2, 8)}
+    half = load("qwen3", dtype=jnp.bfloat16).params["embed"]["embedding"]
+    np.testing.assert_array_equal(half, whole["embed"]["embedding"].astype(jnp.bfloat16))
+
+
+class Read:
+    """A tensor that knows how much of it was asked for."""
+
+    def __init__(self, array):
+        self.array, self.seen = array, 0
+
+    def __getitem__(self, index):
+        found = self.array[index]
+        self.seen += found.size
+        return found
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "block", "read"),
+    [
+        ("(head k) dim -> dim head k", (6, 4, 2), np.s_[0:3, 1:3, :], 12),
+        ("(head k) dim -> dim head k", (6, 4, 2), np.s_[:, :, 1:2], 48),  # half a head is cut from whole ones
+        ("dim (head k) -> head k dim", (4, 2, 6), np.s_[2:4, :, 0:2], 8),
+        ("out in h w -> h w in out", (3, 2, 4, 5), np.s_[:, :, 0:2, 4:5], 12),
+        ("dim -> dim", (7,), (slice(2, 5),), 3),
+    ],
+)
+def test_layouts_read_no_more_than_the_block_needs(text, shape, block, read):
+    layout, parameter = Layout.parse(text), np.arange(np.prod(shape)).reshape(shape)
+    file = layout.write(parameter)
+    assert file.shape == layout.file_shape(shape)
+    tensor = Read(file)
+    np.testing.assert_array_equal(layout.read(tensor, shape, block), parameter[block])
+    assert tensor.seen == read
+
+
+def test_a_layout_is_pytorchs_linear_map():
+    weight, x = np.arange(24.0).reshape(6, 4), np.arange(4.0)
+    kernel = Layout.parse("(head k) dim -> dim head k").read(weight, (4, 3, 2), np.s_[:, :, :])
+    np.testing.assert_array_equal(np.einsum("d,dhk->hk", x, kernel).ravel(), weight @ x)
+
+
+# The fields of config.json that matter, as published for transformers 4, and the number of parameters on the model's page.
+PUBLISHED = {
+    "Llama-3.2-1B": (
+        1_235_814_400,
+        "LlamaForCausalLM",
+        dict(
+            hidden_act="silu", hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_hidden_layers=16,
+            num_key_value_heads=8, head_dim=64, vocab_size=128256, rms_norm_eps=1e-5, tie_word_embeddings=True,
+            max_position_embeddings=131072, rope_theta=500000.0, attention_bias=False, mlp_bias=False, pretraining_tp=1,
+            rope_scaling=dict(
+                factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192,
+                rope_type="llama3",
+            ),
+        ),
+    ),
+    "Qwen2.5-0.5B": (
+        494_032_768,
+        "Qwen2ForCausalLM",
+        dict(
+            hidden_act="silu", hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_hidden_layers=24,
+            num_key_value_heads=2, vocab_size=151936, rms_norm_eps=1e-6, tie_word_embeddings=True, max_window_layers=24,
+            max_position_embeddings=32768, rope_theta=1000000.0, sliding_window=32768, use_sliding_window=False,
+        ),
+    ),
+    "Qwen3-0.6B": (
+        596_049_920,
+        "Qwen3ForCausalLM",
+        dict(
+            hidden_act="silu", hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_hidden_layers=28,
+            num_key_value_heads=8, head_dim=128, vocab_size=151936, rms_norm_eps=1e-6, tie_word_embeddings=True,
+            max_position_embeddings=40960, rope_theta=1000000, rope_scaling=None, sliding_window=None,
+            use_sliding_window=False, max_window_layers=28, attention_bias=False,
+        ),
+    ),
+    "gemma-2-2b": (
+        2_614_341_888,
+        "Gemma2ForCausalLM",
+        dict(
+            hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", hidden_size=2304, intermediate_size=9216,
+            num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4, head_dim=256, vocab_size=256000,
+            rms_norm_eps=1e-6, max_position_embeddings=8192, rope_theta=10000.0, sliding_window=4096,
+            query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, attention_bias=False,
+        ),
+    ),
+    "gemma-3-1b": (
+        999_885_952,
+        "Gemma3ForCausalLM",
+        dict(
+            hidden_activation="gelu_pytorch_tanh", hidden_size=1152, intermediate_size=6912, num_attention_heads=4,
+            num_hidden_layers=26, num_key_value_heads=1, head_dim=256, vocab_size=262144, rms_norm_eps=1e-6,
+            max_position_embeddings=32768, rope_theta=1000000, rope_local_base_freq=10000, rope_scaling=None,
+            sliding_window=512, sliding_window_pattern=6, query_pre_attn_scalar=256, attn_logit_softcapping=None,
+            final_logit_softcapping=None, attention_bias=False,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    parameters, architecture, fields = PUBLISHED[name]
+    family = next(family for family in pretrained.FAMILIES if family.architecture == architecture)
+    config = family.read(fields)
+    assert sum(leaf.size for leaf in jax.tree.leaves(config.build().params)) == parameters
+    assert family.holds(config)
+    assert next(family for family in pretrained.FAMILIES if family.holds(config)).architecture == architecture
+
+
+def test_windows_of_published_models():
+    gemma2, gemma3 = (
+        pretrained.gemma.GEMMA2.read(PUBLISHED["gemma-2-2b"][2]),
+        pretrained.gemma.GEMMA3.read(PUBLISHED["gemma-3-1b"][2]),
+    )
+    assert gemma2.windowed == (True, False) * 13
+    assert [number for number, local in enumerate(gemma3.windowed) if not local] == [5, 11, 17, 23]
+    assert (gemma3.rope.theta, gemma3.local_rope.theta, gemma3.window) == (1e6, 1e4, 512)
+    assert pretrained.llama.QWEN2.read(PUBLISHED["Qwen2.5-0.5B"][2]).window is None
+
+
+def test_a_config_written_by_hand_finds_its_family():
+    shape = dict(vocab=24, dim=16, depth=2, heads=4, hidden=24)
+    assert pretrained.describing(decoder.Config(**shape)).architecture == "LlamaForCausalLM"
+    assert pretrained.describing(decoder.Config(**shape, qkv_bias=True, tokens=20)).architecture == "Qwen2ForCausalLM"
+    assert pretrained.describing(decoder.Config(**shape, query_norm=True, window=4)).architecture == "Qwen3ForCausalLM"
+    with pytest.raises(InputError, match="none of LlamaForCausalLM, .* describes this Config"):
+        pretrained.describing(decoder.Config(**shape, sandwich_norm=True))
+
+
+def wrong(change):
+    """A copy of the Llama fixture with its tensors changed."""
+
+    def make(directory):
+        tensors = load_file(GOLDEN / "llama" / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors")
+
+    return make
+
+
+def described(**fields):
+    def make(directory):
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return make
+
+
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (wrong(lambda t: t.pop(NORM)), f"tensor {NORM} is missing for LlamaForCausalLM"),
+        (wrong(lambda t: [t.pop(NORM), t.pop(HEAD)]), f"tensors {HEAD}, {NORM} are missing"),
+        (wrong(lambda t: t.update(extra=t[NORM])), "tensor extra is not part of LlamaForCausalLM as config.json describes it"),
+        (wrong(lambda t: t.update({HEAD: t[HEAD][:40]})), rf"{HEAD} has shape \[40, 16\], but config.json asks for \[48, 16\]"),
+        (
+            described(architectures=["LlamaForCausalLMs"]),
+            "architecture is 'LlamaForCausalLMs'; did you mean 'LlamaForCausalLM'",
+        ),
+        (described(architectures=[]), "architecture is not named; there are"),
+        (described(hidden_act="gelu"), "hidden_act = 'gelu' is not supported, only 'silu'"),
+        (
+            described(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)),
+            "rope_type = 'yarn' is not supported, only 'default'",
+        ),
+        (lambda directory: (directory / "config.json").write_text("{"), "config.json: is no JSON"),
+        (lambda directory: (directory / "config.json").unlink(), "config.json: no such file"),
+        (lambda directory: (directory / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (lambda directory: (directory / "model.safetensors").write_bytes(b"0" * 100), "model.safetensors: is damaged"),
+        (
+            lambda directory: (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+            "b.safetensors is missing, though model.safetensors.index.json names it",
+        ),
+    ],
+)
+def test_a_wrong_directory_is_named(spoil, message, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(GOLDEN / "llama", directory)
+    spoil(directory)
+    with pytest.raises(InputError, match=message):
+        models.from_pretrained(directory, mesh=one_device())
+
+
+def test_a_tied_model_may_hold_its_head_as_well(tmp_path):
+    shutil.copytree(GOLDEN / "qwen3", tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {HEAD: tensors["model.embed_tokens.weight"]}, tmp_path / "model.safetensors")
+    model = models.from_pretrained(tmp_path, mesh=one_device(), changes={"remat": None})
+    assert model.config.tied
+    assert model.config.remat is None
+
+
+def test_what_cannot_be_written(tmp_path):
+    model = load("llama")
+    with pytest.raises(InputError, match="holds no weights"):
+        models.save_pretrained(model.config.build(), tmp_path)
+    with pytest.raises(InputError, match="holds weights already"):
+        models.save_pretrained(model, GOLDEN / "llama")
+    with pytest.raises(InputError, match="none of .* describes this"):
+        models.save_pretrained(dataclasses.replace(model, config=None), tmp_path)
