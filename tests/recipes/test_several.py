@@ -121,7 +121,7 @@ def discriminant(dims: slice, *, sure: float = 1.0, classes: int = CLOUDS) -> Mo
 def test_the_mean_of_probabilities_teaches_better_than_the_mean_of_logits():
     """Of three teachers one is far too sure of what little it sees: of logits it is nearly all, of probabilities a third."""
     train, test = claims.clusters(2000, seed=0), claims.clusters(4000, seed=99)
-    teachers = [discriminant(slice(0, 4)), discriminant(slice(4, 8)), discriminant(slice(8, 10), sure=8.0)]
+    teachers = [discriminant(slice(0, 4)), discriminant(slice(4, 9)), discriminant(slice(9, 10), sure=20.0)]
     average = models.ensemble(teachers, mean="logits")
 
     def alone(params, buffers, batch, **options):
@@ -145,7 +145,7 @@ def test_the_mean_of_probabilities_teaches_better_than_the_mean_of_logits():
             right.append((trial.answers(trial.student(batches, seed=seed), test[0]).argmax(-1) == test[1]).mean())
         found.append(right)
     for probabilities, logits in zip(*found, strict=True):
-        assert probabilities > logits + 0.03, found
+        assert probabilities > logits + 0.05, found
 
 
 # --- Knowledge Concentration -------------------------------------------------------------------------------------------------
