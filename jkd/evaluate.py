@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,19 @@ BINS = 15
 """Bins of equal width for the calibration error (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, eq. 3)."""
 
 Sums = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Args:
+        metrics: numbers by name, see `summarise`.
+        details: what a reliability diagram and a comparison of classes need, see `detail`.
+    """
+
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    details: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
 
 
 def measure(student: Outputs, teacher: Outputs | None, batch: Batch) -> Sums:
@@ -54,16 +68,21 @@ def _task(logits: Array, label: Array, weight: Array) -> Sums:
     correct = (logits.argmax(-1) == label).astype(jnp.float32)
     place = jnp.clip((confidence * BINS).astype(jnp.int32), 0, BINS - 1)
 
-    def binned(values: Array) -> Array:
-        return jnp.zeros(BINS).at[place.reshape(-1)].add((values * weight).reshape(-1))
+    def binned(values: Array | float, place: Array, bins: int) -> Array:
+        return jnp.zeros(bins).at[place.reshape(-1)].add((values * weight).reshape(-1))
 
-    return {
+    sums = {
         "weight": weight.sum(),
         "correct": (correct * weight).sum(),
         "nll": (losses.cross_entropy(logits, label) * weight).sum(),
-        "bin_confidence": binned(confidence),
-        "bin_correct": binned(correct),
+        "bin_weight": binned(1.0, place, BINS),
+        "bin_confidence": binned(confidence, place, BINS),
+        "bin_correct": binned(correct, place, BINS),
     }
+    if label.ndim == 1:  # one answer for each example: not the tokens of a text, whose classes are a vocabulary
+        classes = logits.shape[-1]
+        sums |= {"class_weight": binned(1.0, label, classes), "class_correct": binned(correct, label, classes)}
+    return sums
 
 
 def summarise(sums: dict[str, Any]) -> dict[str, float]:
@@ -93,8 +112,24 @@ def summarise(sums: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def make_evaluate(ctx: Context) -> Callable[[State, Frozen], dict[str, float]] | None:
-    """``evaluate(state, frozen) -> metrics`` over the run's evaluation data; None where it has none.
+def detail(sums: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """What `measure`'s sums say beyond single numbers, as sums, so that those of several seeds add up.
+
+    ``bins``: ``weight`` (of the examples), ``confidence`` and ``correct`` in each of the `BINS` of confidence; ``classes``:
+    ``weight`` and ``correct`` of each class's examples, where an example has one label. With a teacher also ``teacher_bins`` and
+    ``teacher_classes``.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for prefix in ("", "teacher_"):
+        for part, kind in (("bins", "bin"), ("classes", "class")):
+            names = {what: f"{prefix}{kind}_{what}" for what in ("weight", "confidence", "correct")}
+            if there := {what: np.asarray(sums[name]).tolist() for what, name in names.items() if name in sums}:
+                found[prefix + part] = there
+    return found
+
+
+def make_evaluate(ctx: Context) -> Callable[[State, Frozen], Evaluation] | None:
+    """``evaluate(state, frozen) -> Evaluation`` over the run's evaluation data; None where it has none.
 
     What is measured is the recipe's product, with the average in the student's place where the run says so.
     """
@@ -106,11 +141,14 @@ def make_evaluate(ctx: Context) -> Callable[[State, Frozen], dict[str, float]] |
     rows = min(run.batch_size, -(-data.eval_size // ctx.batch_shards) * ctx.batch_shards)
     eval_step = make_eval_step(ctx, measure, ema=run.evaluate_ema)
 
-    def evaluate(state: State, frozen: Frozen) -> dict[str, float]:
+    def evaluate(state: State, frozen: Frozen) -> Evaluation:
         total: Sums | None = None
         for batch in data.eval_batches(rows, process=process):
             sums = eval_step(state, frozen, sharding.put_batch(batch, ctx.mesh))
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        return summarise(jax.device_get(total)) if total is not None else {}
+        if total is None:
+            return Evaluation()
+        whole = jax.device_get(total)
+        return Evaluation(summarise(whole), detail(whole))
 
     return evaluate

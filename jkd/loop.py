@@ -21,7 +21,7 @@ from jkd.checkpoint import Checkpoints
 from jkd.config import Ensemble, Experiment, Run, dependencies, every
 from jkd.context import Context
 from jkd.errors import InputError
-from jkd.evaluate import make_evaluate
+from jkd.evaluate import Evaluation, make_evaluate
 from jkd.feed import Feed
 from jkd.interrupts import Interrupts
 from jkd.networks import models_of
@@ -219,7 +219,7 @@ class _Training:
         evaluations = every(run.evaluate_every, steps)
         saves = every(run.checkpoint_every, steps) if self.checkpoints is not None else 0
         pending: tuple[int, Any] | None = None
-        evaluation: dict[str, float] = {}
+        evaluation = Evaluation()
         try:
             for step in range(start, steps):
                 batch = feed.next(state, frozen, step)
@@ -241,7 +241,7 @@ class _Training:
                             evaluation = self._evaluate(state, frozen, batch, done, writer)
                         if saving and self.checkpoints is not None:
                             self.checkpoints.save(
-                                done, state, self._meta(done, feed.weights), evaluation if evaluating else None
+                                done, state, self._meta(done, feed.weights), evaluation.metrics if evaluating else None
                             )
                             writer.flush()
                 if stopping and done < steps:
@@ -279,7 +279,8 @@ class _Training:
             rows.close()
         if floor is None:
             return
-        accuracy = self.evaluation(state, frozen).get("teacher_accuracy") if self.evaluation is not None else None
+        found = self.evaluation(state, frozen).metrics if self.evaluation is not None else {}
+        accuracy = found.get("teacher_accuracy")
         if accuracy is None:
             raise InputError(
                 f"Run.require_teacher_accuracy = {floor}: nothing to measure it on; give a teacher with logits, and evaluation "
@@ -312,31 +313,33 @@ class _Training:
             writer.write(step + 1, {f"train/{name}": value for name, value in found.items()} | {"train/examples_per_s": rate})
         self.listener.stepped(self.name, step + 1, self.run.steps, found, rate)
 
-    def _evaluate(self, state: State, frozen: Frozen, batch: Batch, step: int, writer: metrics.Writer) -> dict[str, float]:
-        found = self.evaluation(state, frozen) if self.evaluation is not None else {}
+    def _evaluate(self, state: State, frozen: Frozen, batch: Batch, step: int, writer: metrics.Writer) -> Evaluation:
+        found = self.evaluation(state, frozen) if self.evaluation is not None else Evaluation()
         gradients = {name: float(value) for name, value in jax.device_get(self.term_gradients(state, frozen, batch)).items()}
-        values = {f"eval/{name}": value for name, value in found.items()}
+        values = {f"eval/{name}": value for name, value in found.metrics.items()}
         writer.write(step, values | {f"gradient/{name}": value for name, value in gradients.items()})
-        self.listener.evaluated(self.name, step, found)
+        self.listener.evaluated(self.name, step, found.metrics)
         return found
 
     def _product(self, state: State, frozen: Frozen) -> Model:
         return self.ctx.recipe.deploy(models_of(self.ctx, state, frozen, ema=self.run.evaluate_ema))
 
-    def _finish(self, state: State, frozen: Frozen, evaluation: dict[str, float], clock: metrics.Stopwatch) -> _Finished:
+    def _finish(self, state: State, frozen: Frozen, evaluation: Evaluation, clock: metrics.Stopwatch) -> _Finished:
         product = self._product(state, frozen)
+        own = [tree for group, tree in state.params.items() if group != "student"]
         summary: Summary = {
             "parameters": trees.count(product.params),
-            **{name: evaluation.get(name) for name in ("accuracy", "nll", "ece", "agreement", "kl")},
+            "extra_parameters": sum(map(trees.count, own)),  # what the recipe trains beside the student: projectors, critics
+            **{name: evaluation.metrics.get(name) for name in ("accuracy", "nll", "ece", "agreement", "kl")},
             "examples_per_s": clock.mean(),
             "steps": self.run.steps,
             "params_sha256": trees.sha256(sharding.whole(product.params)),
         }
         if self.folder is not None and self.process[0] == 0:
-            result = {"summary": summary, "metrics": evaluation}
+            result = {"summary": summary, "metrics": evaluation.metrics, "details": evaluation.details}
             write_json(self.folder / "result.json", result)
         self.listener.run_finished(self.name, summary)
-        return _Finished(summary, evaluation, lambda: (state, product))
+        return _Finished(summary, evaluation.metrics, lambda: (state, product))
 
 
 def _once(function: Callable[[], Any]) -> Callable[[], Any]:

@@ -89,6 +89,6 @@ def _run(run: Run, folder: epath.Path, report: Callable[[str], None]) -> tuple[A
     state, _, step = restored
     frozen = freeze(ctx)
     evaluation = make_evaluate(ctx)
-    metrics: dict[str, Any] = {} if evaluation is None else dict(evaluation(state, frozen))
+    metrics: dict[str, Any] = {} if evaluation is None else evaluation(state, frozen).metrics
     models = models_of(ctx, state, frozen, ema=run.evaluate_ema)
     return ctx.recipe.deploy(models), metrics, step

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jkd.evaluate import BINS, measure, summarise
+from jkd.evaluate import BINS, detail, measure, summarise
 from jkd.types import Outputs
 
 
@@ -58,6 +58,31 @@ def test_batches_add_up_and_padding_does_not_count():
     parts = jax.tree.map(jnp.add, sums(slice(0, 80)), sums(slice(80, None)))
     assert summarise(parts) == pytest.approx(whole, rel=1e-5)
     assert summarise(sums(np.flatnonzero(weight))) == pytest.approx(whole, rel=1e-5)
+
+
+def test_details_count_every_class_and_bin_and_no_padding():
+    student, teacher, label, weight = random_case()
+    label[weight == 0] = -1  # padding may say anything
+
+    def found(rows):
+        batch = dict(label=jnp.asarray(label[rows]), weight=jnp.asarray(weight[rows]))
+        return measure(Outputs(jnp.asarray(student[rows])), Outputs(jnp.asarray(teacher[rows])), batch)
+
+    whole, keep = detail(found(slice(None))), weight > 0
+    for prefix, logits in (("", student), ("teacher_", teacher)):
+        correct = (logits.argmax(-1) == label)[keep]
+        classes, bins = whole[f"{prefix}classes"], whole[f"{prefix}bins"]
+        # counts are exact in float32
+        assert classes["weight"] == np.bincount(label[keep], minlength=7).tolist()
+        assert classes["correct"] == np.bincount(label[keep], correct, minlength=7).tolist()
+        assert sum(bins["weight"]) == keep.sum()
+        assert sum(bins["correct"]) == correct.sum()
+        means = np.divide(bins["confidence"], bins["weight"], where=np.array(bins["weight"]) > 0, out=np.zeros(BINS))
+        inside = (means == 0) | ((means >= np.arange(BINS) / BINS) & (means <= (np.arange(BINS) + 1) / BINS))
+        assert inside.all()
+    parts = detail(jax.tree.map(jnp.add, found(slice(0, 80)), found(slice(80, None))))
+    assert parts["classes"] == whole["classes"]
+    assert parts["bins"]["weight"] == whole["bins"]["weight"]
 
 
 def test_unlabelled_rows_count_for_agreement_alone():
