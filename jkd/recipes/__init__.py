@@ -14,6 +14,8 @@ from jkd.recipes.features import VID as VID
 from jkd.recipes.features import FitNet as FitNet
 from jkd.recipes.features import Match as Match
 from jkd.recipes.fusion import TransKD as TransKD
+from jkd.recipes.hard import HARD as HARD
+from jkd.recipes.hard import Affine as Affine
 from jkd.recipes.heads import SRRL as SRRL
 from jkd.recipes.heads import DeiT as DeiT
 from jkd.recipes.heads import SimKD as SimKD
@@ -24,8 +26,15 @@ from jkd.recipes.logits import NKD as NKD
 from jkd.recipes.logits import WSLD as WSLD
 from jkd.recipes.logits import FunMatch as FunMatch
 from jkd.recipes.logits import Supervised as Supervised
+from jkd.recipes.meta import FST as FST
+from jkd.recipes.meta import MPL as MPL
 from jkd.recipes.multilevel import MLLD as MLLD
 from jkd.recipes.own import USKD as USKD
+from jkd.recipes.privileged import LAD as LAD
+from jkd.recipes.privileged import LADTeacher as LADTeacher
+from jkd.recipes.privileged import NoisedLabels as NoisedLabels
+from jkd.recipes.pseudoclasses import LELP as LELP
+from jkd.recipes.pseudoclasses import with_subclasses as with_subclasses
 from jkd.recipes.ranking import PLD as PLD
 from jkd.recipes.ranking import MarginMSE as MarginMSE
 from jkd.recipes.relations import CC as CC
@@ -43,6 +52,7 @@ from jkd.recipes.standardized import Standardized as Standardized
 from jkd.recipes.standardized import StandardizedKD as StandardizedKD
 from jkd.recipes.teaching import MCMI as MCMI
 from jkd.recipes.temperature import CTKD as CTKD
+from jkd.recipes.temperature import InstanceCTKD as InstanceCTKD
 from jkd.recipes.transformers import MiniLM as MiniLM
 from jkd.recipes.transformers import MiniLMv2 as MiniLMv2
 from jkd.recipes.twoheads import DHKD as DHKD

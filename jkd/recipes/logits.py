@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
+import jax.numpy as jnp
+
 from jkd import losses, schedules
 from jkd.recipe import Recipe, label_weight
 from jkd.schedules import Schedule
@@ -211,10 +213,16 @@ class DIST(Recipe):
 
 
 def task(student, batch, *, coef: float = 1.0, label_smoothing: float = 0.0) -> Term:
-    """The labels' term: cross-entropy of the labelled examples."""
-    return Term(
-        losses.cross_entropy(student.logits, batch["label"], label_smoothing=label_smoothing), label_weight(batch), coef
-    )
+    """The labels' term: cross-entropy of the labelled examples.
+
+    Of labels by position (pixels) it is the mean over all of them in the batch; there a number that is no class is no label.
+    """
+    label, weight = batch["label"], label_weight(batch)
+    if label.ndim > weight.ndim and jnp.issubdtype(label.dtype, jnp.integer):
+        known = (label >= 0) & (label < student.logits_shape[-1])
+        weight = weight.reshape(weight.shape + (1,) * (label.ndim - weight.ndim)) * known
+        label = jnp.where(known, label, 0)
+    return Term(losses.cross_entropy(student.logits, label, label_smoothing=label_smoothing), weight, coef)
 
 
 def with_task(weight: float, student, batch) -> dict[str, Term]:

@@ -12,6 +12,7 @@ import small
 import tiny
 
 from jkd import recipes
+from jkd.config import Ema, StudentEma
 from jkd.data import At
 from jkd.recipe import Recipe
 from jkd.recipes.projectors import Linear, Pointwise, Regressor
@@ -65,11 +66,20 @@ def sides(student: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
     return {"student": student, "teacher": teacher}
 
 
+def by_pixel(batch, key):
+    """A label for each pixel, that of the image or its neighbour."""
+    rows, height, width, _ = batch["image"].shape
+    border = jnp.arange(height * width).reshape(1, height, width) % 3
+    return {**batch, "label": (batch["label"].reshape(-1, 1, 1) + border) % tiny.CLASSES}
+
+
+PIXELS = {"run": {"augment": (by_pixel,)}}
 ATTENTION = dict(student_taps=small.QKV, teacher_taps=small.QKV)
 TRANSFORMERS = {"kind": small.transformer, "heads": 2}, {"kind": small.transformer, "width": 12}
 STRONG = {"run": {"augment": (recipes.View("strong", noise),)}}
 STREAM = {"run": {"augment": (stream, At("unlabelled", recipes.View("strong", noise)))}}
 SECOND = {"run": {"augment": (stream, At("unlabelled", recipes.View("second", noise)))}}
+AVERAGED = {"run": STREAM["run"] | {"teacher": StudentEma(), "ema": Ema(decay=0.9)}}
 NEGATIVE = {"run": {"augment": (recipes.View("negative", noise),)}}
 
 ROWS = {
@@ -110,6 +120,13 @@ ROWS = {
     "DHKD": row(recipes.DHKD, student_taps=("pool",)),
     "DHO": row(recipes.DHO, student_taps=("pool",), nets=SECOND),
     "CTKD": row(recipes.CTKD),
+    "InstanceCTKD": row(recipes.InstanceCTKD, hidden=8),
+    "HARD": row(recipes.HARD, lower=0.05, upper=0.1, temperature=4.0),
+    "LELP": row(recipes.LELP, subclasses=4, nets=sides({"classes": 4 * tiny.CLASSES}, {"kind": small.split})),
+    "LADTeacher": row(recipes.LADTeacher, nets=sides({"kind": small.privileged}, {}) | PIXELS),
+    "LAD": row(recipes.LAD, nets=sides({"kind": small.dense}, {"kind": small.privileged}) | PIXELS),
+    "FST": row(recipes.FST, threshold=0.4, ahead=1, nets=AVERAGED),
+    "MPL": row(recipes.MPL, uda_weight=1.0, nets=STREAM),
     "MLLD": row(recipes.MLLD, nets=STRONG),
     "MarginMSE": row(recipes.MarginMSE, nets=NEGATIVE),
     "PLD": row(recipes.PLD),

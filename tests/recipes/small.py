@@ -12,6 +12,8 @@ import tiny
 from jkd import models
 from jkd.context import Context
 from jkd.recipe import Recipe, Vars
+from jkd.recipes import NoisedLabels
+from jkd.recipes.pseudoclasses import splitting
 from jkd.resolve import make_context
 from jkd.state import frozen_shapes, init_state, state_shapes
 from jkd.step import models_of
@@ -97,6 +99,43 @@ def transformer(*, width=8, heads=2, classes=tiny.CLASSES, name="small transform
 
     params, buffers = jax.eval_shape(init, jax.random.key(0))
     return Model(init=init, apply=apply, params=params, buffers=buffers, name=name)
+
+
+def dense(*, width=6, classes=tiny.CLASSES, channels=2, name="small dense") -> Model:
+    """Image -> 3x3 convolution -> relu -> logits for each pixel, ``[batch, height, width, classes]``."""
+
+    def init(key):
+        first, last = jax.random.split(key)
+        kernel = jax.random.normal(first, (3, 3, channels, width)) / 4
+        return {"conv": {"kernel": kernel, "bias": jnp.zeros(width)}, "head": tiny.dense_init(last, width, classes)}, {}
+
+    def apply(params, buffers, batch, *, taps=(), train=False, key=None):
+        conv, head = params["conv"], params["head"]
+        x = jax.lax.conv_general_dilated(
+            batch["image"].astype(conv["kernel"].dtype),
+            conv["kernel"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        x = jax.nn.relu(x + conv["bias"].reshape(1, 1, 1, -1))
+        return Outputs(x @ head["kernel"] + head["bias"].reshape(1, 1, 1, -1)), buffers
+
+    params, buffers = jax.eval_shape(init, jax.random.key(0))
+    return Model(init=init, apply=apply, params=params, buffers=buffers, name=name)
+
+
+def privileged(**options) -> Model:
+    """`dense` with the labels' channel."""
+    return NoisedLabels(network=dense(channels=3, **options), classes=tiny.CLASSES, scale=1.0).build()
+
+
+def split(*, parts=4, **options) -> Model:
+    """`network` whose classes are split in parts, along directions that mean nothing."""
+    whole = network(**options)
+    width = 2 * whole.params["early"]["kernel"].shape[-1]
+    shapes = {"mean": (tiny.CLASSES, width), "directions": (tiny.CLASSES, width, parts // 2)}
+    return splitting(whole, "pool", {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()})
 
 
 @functools.cache

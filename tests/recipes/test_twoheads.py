@@ -6,12 +6,14 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 import small
 import tiny
 from scipy.special import log_softmax, softmax
 from test_parity import FOLDER
 
+from jkd import optim, schedules
 from jkd.errors import InputError
 from jkd.networks import models_of
 from jkd.recipes import DHKD, DHO, KD
@@ -59,6 +61,29 @@ def test_labels_do_not_move_the_teachers_head(kind):
     gradient = tiny.Engine(run).gradient(tiny.batch())
     np.testing.assert_array_equal(gradient["second_head"]["kernel"], 0)
     assert np.abs(gradient["student"]["head"]["kernel"]).max() > 1e-4
+
+
+def test_alignment_frees_the_auxiliary_gradient_of_its_part_against_the_labels():
+    """With one sign of its weight the two gradients conflict, and with the other they do not."""
+    keep = optim.from_optax(0.0, lambda: optax.trace(0.0))  # its trace is the gradient, and nothing moves
+    sign = schedules.Piecewise(1.0, {1 / 2: -1.0})
+    found = {}
+    for align in (False, True):
+        run = tiny.run(recipe=DHKD(**POOL, weight=sign, align=align), optimizer=keep, steps=2, **BOTH)
+        states = tiny.Engine(run).train([tiny.batch()] * 2)
+        found[align] = [
+            np.concatenate([np.ravel(leaf) for own in state.optimizer.values() for leaf in jax.tree.leaves(own[0].trace)])
+            for state in (states.first, states.state)
+        ]
+    both, against = (np.float64(gradient) for gradient in found[False])
+    task, auxiliary = (both + against) / 2, (both - against) / 2
+    conflicts = []
+    for aligned, other in zip(found[True], (auxiliary, -auxiliary), strict=True):
+        dot = other @ task
+        conflicts.append(dot < 0)
+        wanted = task + other - min(dot, 0) / (task @ task) * task
+        np.testing.assert_allclose(aligned, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
+    assert sorted(conflicts) == [False, True]
 
 
 def test_dhkds_product_is_the_student():

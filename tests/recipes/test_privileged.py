@@ -1,0 +1,137 @@
+"""LAD: the labels' channel, both recipes' numbers, and what a teacher that sees it is good for."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+import tiny
+from scipy.special import log_softmax
+
+from jkd.errors import InputError
+from jkd.networks import models_of
+from jkd.recipes import LAD, LADTeacher, NoisedLabels
+
+SIDE = tiny.IMAGE[0]
+
+
+def by_pixel(rows: int = 8, seed: int = 0) -> dict:
+    """Labels for every pixel; -1 and 7 are no classes."""
+    batch = tiny.batch(rows, seed=seed)
+    label = np.random.default_rng(seed).choice([-1, 0, 1, 2, 3, 4, 7], (rows, SIDE, SIDE)).astype(np.int32)
+    return batch | {"label": label, "weight": tiny.batch(rows, ragged=True, seed=seed)["weight"]}
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def test_a_class_has_one_number_in_an_image_and_another_in_the_next():
+    label = by_pixel(2)["label"]
+    clean = NoisedLabels(network=small.dense(channels=3), classes=5, noise=0.0, scale=10.0).channel(label, keys(2))
+    which = (-1, 0, 1, 2, 3, 4, 7)
+    pairs = zip(np.asarray(clean), label, strict=True)
+    numbers = [{one: np.unique(image[own == one]) for one in which} for image, own in pairs]
+    for found in numbers:
+        assert all(len(values) == 1 for values in found.values())
+        assert found[-1] == found[7]  # pixels without a label are alike
+        assert len({float(values[0]) for values in found.values()}) == 6
+    assert abs(numbers[0][0] - numbers[1][0]) > 0.1
+    noisy = NoisedLabels(network=small.dense(channels=3), classes=5, noise=0.5, scale=10.0).channel(label, keys(2))
+    assert 2 < np.std(noisy - clean) < 8
+
+
+def test_the_network_sees_the_channel_behind_the_image_and_the_same_one_at_every_evaluation():
+    network, rows = small.dense(channels=3), by_pixel(4)
+    given = NoisedLabels(network=network, classes=5)
+    params = tiny.weights(network).params
+    for key, batch in ((keys(4), rows), (keys(4, seed=3), rows | {"keys": keys(4, seed=3)})):
+        image = np.concatenate([rows["image"], given.channel(rows["label"], key)[..., None]], -1)
+        wanted = network.apply(params, {}, {"image": image})[0].logits
+        np.testing.assert_allclose(given.build().apply(params, {}, batch)[0].logits, wanted, rtol=1e-6)
+    bytes_ = {"image": np.full((4, SIDE, SIDE, 2), 255, np.uint8), "label": rows["label"]}
+    ones = {"image": np.ones((4, SIDE, SIDE, 2), np.float32), "label": rows["label"]}
+    first, second = (given.build().apply(params, {}, batch)[0].logits for batch in (bytes_, ones))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("batch", [tiny.batch(4), {"image": tiny.batch(4)["image"]}])
+def test_labels_of_another_shape_are_refused(batch):
+    with pytest.raises(
+        InputError, match=r"NoisedLabels: batch\['label'\] (is \[4\]|is missing); give one label for each pixel"
+    ):
+        small.privileged().apply(tiny.weights(small.privileged()).params, {}, batch)
+
+
+def distance(theirs, mine, temperature=4.0):
+    """CWD of each image: T² KL over the positions, the mean over the classes."""
+    theirs, mine = (np.float64(z).reshape(len(z), -1, z.shape[-1]) / temperature for z in (theirs, mine))
+    log_p, log_q = log_softmax(theirs, 1), log_softmax(mine, 1)
+    return temperature**2 * (np.exp(log_p) * (log_p - log_q)).sum(1).mean(-1)
+
+
+def labels_loss(logits, rows):
+    """The mean over the pixels of all images that have a label."""
+    known = (rows["label"] >= 0) & (rows["label"] < 5)
+    nll = -np.take_along_axis(log_softmax(np.float64(logits), -1), np.where(known, rows["label"], 0)[..., None], -1)[..., 0]
+    weight = rows["weight"][:, None, None] * rows["labelled"][:, None, None] * known
+    return (nll * weight).sum() / weight.sum()
+
+
+def average(values, rows):
+    return (values * rows["weight"]).sum() / rows["weight"].sum()
+
+
+def test_the_teachers_terms_are_of_two_draws():
+    rows, network = by_pixel(), small.student(kind=small.privileged)
+    found = small.Terms(LADTeacher(), rows, student=network, teacher=None)
+    own = models_of(found.ctx, found.state, found.frozen).keys(rows)
+    drawn = [rows | {"keys": jax.vmap(lambda key, place=place: jax.random.fold_in(key, place))(own)} for place in range(2)]
+    first, second = (network.apply(network.params, {}, batch)[0].logits for batch in drawn)
+    assert np.abs(first - second).max() > 0.1
+    np.testing.assert_allclose(found.mean("task"), labels_loss(first, rows), rtol=1e-5)
+    np.testing.assert_allclose(found.mean("second_task"), labels_loss(second, rows), rtol=1e-5)
+    wanted = average(distance(first, second) + distance(second, first), rows)
+    np.testing.assert_allclose(found.mean("consistency"), wanted, rtol=1e-4)
+    assert [found.terms[name][2] for name in ("task", "second_task", "consistency")] == [1, 1, 5]
+
+
+def test_the_students_terms():
+    rows, student, teacher = by_pixel(), small.student(kind=small.dense), small.teacher(kind=small.privileged)
+    found = small.Terms(LAD(), rows, student=student, teacher=teacher)
+    own = models_of(found.ctx, found.state, found.frozen).keys(rows)
+    theirs = teacher.apply(teacher.params, {}, rows | {"keys": own})[0].logits
+    mine = student.apply(student.params, {}, rows)[0].logits
+    np.testing.assert_allclose(found.mean("task"), labels_loss(mine, rows), rtol=1e-5)
+    np.testing.assert_allclose(found.mean("kd"), average(distance(theirs, mine), rows), rtol=1e-4)
+    assert [found.terms[name][2] for name in ("task", "kd")] == [1, 3]
+
+
+def test_each_draw_is_the_detached_target_of_the_other():
+    """The gradient of the consistency, which through both sides would be another."""
+    rows, network = by_pixel(), small.student(kind=small.privileged)
+    run = tiny.run(recipe=LADTeacher(), student=network, teacher=None, optimizer=tiny.UNIT, batch_size=8)
+    made = tiny.Engine(run, rows)
+    own = models_of(made.ctx, made.fresh(), made.frozen).keys(rows)
+    drawn = [rows | {"keys": jax.vmap(lambda key, place=place: jax.random.fold_in(key, place))(own)} for place in range(2)]
+
+    def objective(params, held):
+        first, second = (network.apply(params, {}, batch)[0].logits for batch in drawn)
+        fixed = [network.apply(held, {}, batch)[0].logits for batch in drawn]
+        known = (rows["label"] >= 0) & (rows["label"] < 5)
+        weight = rows["weight"][:, None, None] * rows["labelled"][:, None, None] * known
+
+        def task(logits):
+            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(known, rows["label"], 0)[..., None], -1)[..., 0]
+            return (nll * weight).sum() / weight.sum()
+
+        def towards(target, mine):
+            log_p, log_q = (jax.nn.log_softmax(z.reshape(8, -1, 5) / 4, 1) for z in (target, mine))
+            values = 16 * (jnp.exp(log_p) * (log_p - log_q)).sum(1).mean(-1)
+            return (values * rows["weight"]).sum() / rows["weight"].sum()
+
+        return task(first) + task(second) + 5 * (towards(fixed[1], first) + towards(fixed[0], second))
+
+    tiny.close(made.gradient(rows)["student"], jax.grad(objective)(network.params, network.params), 1e-4)
