@@ -33,12 +33,12 @@ class MEALV2(Recipe):
 
     The members of the teacher (`jkd.Ensemble`) are averaged as probabilities for the student's target, as logits for the
     discriminator D, a perceptron with two outputs, student or teacher, and a ReLU after each layer, the last too. D learns from its
-    own update, before the student moves. The student starts from trained weights, with little or no weight decay (the authors take
-    a pretrained network, SGD at 0.01 and 180 epochs of crops and flips).
+    own update, before the student moves; both ask the teachers, which XLA makes one pass of unless there are microbatches. The
+    student starts from trained weights, with little or no weight decay (the authors take a pretrained network and SGD at 0.01).
 
     Code versus paper: the authors' code descends one sum with student and D both, so that the student helps D: ``reversal = 1``.
-    Here the student is D's adversary, as a discriminator is meant. Their D is initialised by PyTorch's default, this one
-    LeCun-normal.
+    Here the student is D's adversary, as discriminators usually have; the paper's text could not be read. Their D is initialised by
+    PyTorch's default, this one LeCun-normal.
 
     Args:
         hidden: widths of D's two hidden layers; the authors' for 1000 classes (an eighth and a sixty-fourth).

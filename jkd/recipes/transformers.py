@@ -53,7 +53,10 @@ class MiniLM(_SelfAttention):
     weight: float | Schedule = 1.0
     task_weight: float = 0.0
 
-    citation: ClassVar[str] = "Wang et al., MiniLM: Deep Self-Attention Distillation, NeurIPS 2020, arXiv:2002.10957"
+    citation: ClassVar[str] = (
+        "Wang et al., MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained Transformers, NeurIPS "
+        "2020, arXiv:2002.10957"
+    )
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
     def __post_init__(self):
@@ -98,7 +101,8 @@ class MiniLMv2(_SelfAttention):
     task_weight: float = 0.0
 
     citation: ClassVar[str] = (
-        "Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, Findings of ACL 2021, arXiv:2012.15828"
+        "Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained Transformers, Findings of "
+        "ACL 2021, arXiv:2012.15828"
     )
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "golden"
 
