@@ -9,8 +9,10 @@ import jax
 from jax.sharding import Mesh
 
 from jkd import trees
+from jkd.cache import Cache
 from jkd.config import Ensemble, Run, StudentEma
 from jkd.context import Context, augment, explained, key_shape, to_compute
+from jkd.data.tokenizer import check_same
 from jkd.errors import InputError, nearest
 from jkd.prepare import prepared_shapes
 from jkd.types import Batch, Model, Outputs
@@ -22,7 +24,8 @@ def make_context(
     """Resolves a run.
 
     Args:
-        run: its ``teacher`` is a Model, a config, `StudentEma`, an `Ensemble` of these, or None: names are resolved by now.
+        run: its ``teacher`` is a Model, a config, `StudentEma`, an `Ensemble` of these, a `Cache` (``Context.run`` then has data with
+            its answers), or None: names are resolved by now.
         batch: one global batch, or its shapes; None to ask ``run.data``.
         train_size: examples to train on; None to ask ``run.data``.
         devices: for the mesh; all by default.
@@ -31,6 +34,10 @@ def make_context(
         InputError: a tap that does not exist, shapes that do not fit, another number of classes, a batch that does not divide
             by mesh and microbatches, microbatches of what couples examples.
     """
+    if isinstance(run.teacher, Cache):
+        from jkd.cache.training import attached
+
+        run = attached(run)
     mesh = run.mesh.build(devices)
     if batch is None:
         if run.data is None:
@@ -79,6 +86,9 @@ def _resolve(run: Run, mesh: Mesh, raw_batch: Batch, batch: Batch, train_size: i
     data_classes = getattr(run.data, "classes", None)
     if classes is not None and data_classes is not None and classes < data_classes:
         raise InputError(f"student {networks['student'].name} has {classes} classes, the data {data_classes}")
+    if recipe.same_classes:
+        numbers = {"data": getattr(getattr(run.data, "tokenizer", None), "fingerprint", None)}
+        check_same(**numbers, **{side: network.tokenizer for side, network in networks.items()})
     theirs = teacher.logits_shape[-1] if teacher is not None and teacher.has_logits else None
     if recipe.same_classes and None not in (classes, theirs) and classes != theirs:
         raise InputError(

@@ -2,8 +2,8 @@
 
 ``tokens`` int ``[batch, time]``; ``mask`` (1 = real, 0 = padding); ``segment`` (int, one number for each document of a packed row);
 ``position`` (int, from 0 in every document); ``loss_mask`` (1 = this token is counted when it is predicted: a response, not its
-prompt). All but ``tokens`` may be missing. Where the teacher has another vocabulary its view of the same text is under the same
-names with ``teacher_`` before them.
+prompt); ``token_type`` (int, by which an encoder tells two texts apart). All but ``tokens`` may be missing. Where the teacher has
+another vocabulary its view of the same text is under the same names with ``teacher_`` before them.
 """
 
 from __future__ import annotations
@@ -79,6 +79,6 @@ def for_teacher(batch: Batch) -> Batch:
     """The batch as a teacher of another vocabulary reads it: ``teacher_tokens`` as ``tokens``, and so on."""
     if _PREFIX + "tokens" not in batch:
         return batch
-    own = {"tokens", "mask", "loss_mask", "segment", "position"}
+    own = {"tokens", "mask", "loss_mask", "segment", "position", "token_type"}
     theirs = {name.removeprefix(_PREFIX): value for name, value in batch.items() if name.startswith(_PREFIX)}
-    return {name: value for name, value in batch.items() if name not in own} | theirs
+    return {name: value for name, value in batch.items() if name not in own and not name.startswith(_PREFIX)} | theirs

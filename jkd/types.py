@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -132,17 +132,26 @@ class Outputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How a model wants its images: ``(resize(image) - mean) / std``, from uint8 0..255 or float 0..1.
+    """How a model wants its images: ``(crop(resize(image)) - mean) / std``, from uint8 0..255 or float 0..1.
 
     Args:
-        size: ``(height, width)`` that the image is resized to (antialiased bilinear), None to keep it.
+        size: ``(height, width)`` of the result; an image that has it already is not resized or cropped. None to keep any.
         mean: per channel, on the 0..1 scale.
         std: per channel, on the 0..1 scale.
+        method: how images are resized; antialiased.
+        crop: 1 resizes to ``size``, whatever that does to the aspect ratio. Less than 1 keeps it: the image is resized until it
+            just covers ``size / crop``, and the middle is cut out.
     """
 
     size: tuple[int, int] | None = None
     mean: Sequence[float] = (0.0,)
     std: Sequence[float] = (1.0,)
+    method: Literal["bilinear", "bicubic"] = "bilinear"
+    crop: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.crop <= 1:
+            raise InputError(f"Preprocess.crop = {self.crop}: give a share of the image, more than 0 and at most 1")
 
     def __call__(self, image: Array) -> Array:
         """``[..., height, width, channels]`` to float ``[..., *size, channels]`` (a float dtype is kept)."""
@@ -150,12 +159,23 @@ class Preprocess:
         if not jnp.issubdtype(image.dtype, jnp.floating):
             image = image.astype(jnp.float32) / 255
         if self.size is not None and image.shape[-3:-1] != tuple(self.size):
-            shape = (*image.shape[:-3], *self.size, image.shape[-1])
-            image = jax.image.resize(image, shape, "bilinear").astype(image.dtype)
+            image = self._resized(image, *self.size)
         # As many axes as the image: silent rank promotion is an error under some users' settings (and in the tests).
         leading = (1,) * (image.ndim - 1)
         mean, std = (jnp.asarray(value, image.dtype).reshape(*leading, -1) for value in (self.mean, self.std))
         return (image - mean) / std
+
+    def _resized(self, image: Array, height: int, width: int) -> Array:
+        sides = (height, width)
+        if self.crop < 1:
+            scale = max(int(height / self.crop) / image.shape[-3], int(width / self.crop) / image.shape[-2])
+            # a little more before rounding down: the side that gives the scale must come out whole
+            sides = tuple(int(side * scale + 1e-6) for side in image.shape[-3:-1])  # type: ignore[assignment]
+        shape = (*image.shape[:-3], *sides, image.shape[-1])
+        image = jax.image.resize(image, shape, self.method).astype(image.dtype)
+        top, left = (sides[0] - height) // 2, (sides[1] - width) // 2
+        image = image[..., top : top + height, left : left + width, :]
+        return jnp.clip(image, 0, 1) if self.method == "bicubic" else image  # which overshoots at edges
 
 
 def _no_cache(rows: int, length: int, dtype: Any = jnp.float32) -> Tree:

@@ -114,7 +114,7 @@ def answers(name, model, batch, directory):
             found = {"pixels": pixels.permute(0, 2, 3, 1), "logits": model(pixels).logits}
         else:
             arguments = {"input_ids": batch["tokens"], "attention_mask": batch["mask"]}
-            if "token_type" in batch and "roberta" not in name:
+            if "token_type" in batch:
                 arguments["token_type_ids"] = batch["token_type"]
             out = model(**{key: torch.from_numpy(value).long() for key, value in arguments.items()})
             found = {"logits": out.logits} if hasattr(out, "logits") else {"hidden": out[0], "pooled": out[1]}

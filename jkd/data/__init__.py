@@ -5,15 +5,15 @@ Light to import: grain, TFDS, scikit-learn and Pillow load when they are first u
 
 from __future__ import annotations
 
-from jkd.data import augment, vision
+from jkd.data import augment, tokenizer, vision
 from jkd.data.augment import At, Choose, Crop, CutMix, Flip, Mixup
 from jkd.data.batch import Record, check_batch
 from jkd.data.pipeline import Data, Map, Source
 from jkd.data.published import tfds
 from jkd.data.sources import arrays, digits, source
-from jkd.data.views import fake, join, labelled_only, subset
+from jkd.data.views import fake, fixed_views, join, labelled_only, subset
 
 __all__ = [
     "At", "Choose", "Crop", "CutMix", "Data", "Flip", "Map", "Mixup", "Record", "Source", "arrays", "augment", "check_batch",
-    "digits", "fake", "join", "labelled_only", "source", "subset", "tfds", "vision",
+    "digits", "fake", "fixed_views", "join", "labelled_only", "source", "subset", "tfds", "tokenizer", "vision",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
-"""Networks (`resnet`, `vit`, `mlp`, `decoder`), published weights in and out, adapters that make a Model of any other network."""
+"""Networks, published weights in and out (`from_pretrained`), and adapters that make a Model of any other network."""
 
 from jkd.models import decoder as decoder
+from jkd.models import encoder as encoder
 from jkd.models import mlp as mlp
 from jkd.models import resnet as resnet
 from jkd.models import vit as vit

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jkd.models.attention import attend
+
 Array = jax.Array
 
 
@@ -31,3 +33,22 @@ class RMSNorm(nnx.Module):
         normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
         scale = self.scale[...].astype(jnp.float32) + self.offset
         return (normal * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention in both directions: ``[batch, time, dim]`` to the same.
+
+    ``segment`` int ``[batch, time]``: tokens see each other only where these are equal.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float, rngs: nnx.Rngs):
+        init = nnx.initializers.truncated_normal(0.02)
+        # One linear map of the whole width each; the heads are axes of its output.
+        make = lambda: nnx.LinearGeneral(dim, (heads, dim // heads), kernel_init=init, rngs=rngs)  # noqa: E731
+        self.query, self.key, self.value = make(), make(), make()
+        self.out = nnx.LinearGeneral((heads, dim // heads), dim, axis=(-2, -1), kernel_init=init, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(self, x: Array, segment: Array | None = None) -> Array:
+        attended = attend(self.query(x), self.key(x), self.value(x), causal=False, segment=segment)
+        return self.dropout(self.out(attended))

@@ -261,11 +261,9 @@ class Config:
 
     def build(self) -> Model:
         """The Model, holding shapes; ``init(key)`` makes weights."""
-        return from_nnx(
-            lambda rngs: ResNet(self, rngs),
-            preprocess=self.preprocess,
-            name=f"{'wrn' if self.block is Wide else 'resnet'}{self.layers}",
-        )
+        name = f"{'wrn' if self.block is Wide else 'resnet'}{self.layers}"
+        model = from_nnx(lambda rngs: ResNet(self, rngs), preprocess=self.preprocess, name=name)
+        return dataclasses.replace(model, config=self)
 
     @property
     def layers(self) -> int:

@@ -18,6 +18,7 @@ from flax import nnx
 
 from jkd.errors import InputError
 from jkd.models.adapt_nnx import from_nnx
+from jkd.models.layers import Attention
 from jkd.types import Model, Outputs, Preprocess
 
 Array = jax.Array
@@ -29,21 +30,6 @@ _init = nnx.initializers.truncated_normal(0.02)
 
 def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(inputs, outputs, kernel_init=_init, rngs=rngs)
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention: ``[batch, tokens, dim]`` to the same."""
-
-    def __init__(self, dim: int, heads: int, dropout: float, rngs: nnx.Rngs):
-        # One linear map of the whole width each; the heads are axes of its output.
-        make = lambda: nnx.LinearGeneral(dim, (heads, dim // heads), kernel_init=_init, rngs=rngs)  # noqa: E731
-        self.query, self.key, self.value = make(), make(), make()
-        self.out = nnx.LinearGeneral((heads, dim // heads), dim, axis=(-2, -1), kernel_init=_init, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        attended = jax.nn.dot_product_attention(self.query(x), self.key(x), self.value(x))
-        return self.dropout(self.out(attended))
 
 
 class Mlp(nnx.Module):
@@ -62,10 +48,10 @@ class Block(nnx.Module):
     """Attention, then mlp, each on the normalised input and added to it (or, in training, at times skipped)."""
 
     def __init__(self, config: Config, skip: float, rngs: nnx.Rngs):
-        self.norm1 = nnx.LayerNorm(config.dim, epsilon=1e-6, rngs=rngs)
+        self.norm1 = nnx.LayerNorm(config.dim, epsilon=config.epsilon, rngs=rngs)
         self.attention = Attention(config.dim, config.heads, config.dropout, rngs)
-        self.norm2 = nnx.LayerNorm(config.dim, epsilon=1e-6, rngs=rngs)
-        self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio), config.dropout, rngs)
+        self.norm2 = nnx.LayerNorm(config.dim, epsilon=config.epsilon, rngs=rngs)
+        self.mlp = Mlp(config.dim, round(config.dim * config.mlp_ratio), config.dropout, rngs)
         # One draw for each example drops its whole branch: stochastic depth.
         self.skip = nnx.Dropout(skip, broadcast_dims=(1, 2), rngs=rngs)
 
@@ -99,7 +85,7 @@ class ViT(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs)
         skips = [config.stochastic_depth * number / max(config.depth - 1, 1) for number in range(config.depth)]
         self.blocks = nnx.List([Block(config, skip, rngs) for skip in skips])
-        self.norm = nnx.LayerNorm(config.dim, epsilon=1e-6, rngs=rngs)
+        self.norm = nnx.LayerNorm(config.dim, epsilon=config.epsilon, rngs=rngs)
         self.head = _linear(config.dim, config.classes, rngs)
         self.distillation_head = _linear(config.dim, config.classes, rngs) if config.distillation_token else None
 
@@ -132,6 +118,7 @@ class Config:
         distillation_token: a second token with its own head.
         dropout: after the position embedding, attention and both maps of the mlp (DeiT: 0).
         stochastic_depth: rate at which the last block's branches are skipped, growing linearly from 0 (DeiT: 0.1).
+        epsilon: of the norms.
         channels: of the image.
         preprocess: how it wants its images; None: as float 0..1, already of ``size``.
 
@@ -149,6 +136,7 @@ class Config:
     distillation_token: bool = False
     dropout: float = 0.0
     stochastic_depth: float = 0.0
+    epsilon: float = 1e-6
     channels: int = 3
     preprocess: Preprocess | None = None
 
@@ -160,7 +148,8 @@ class Config:
 
     def build(self) -> Model:
         """The Model, holding shapes; ``init(key)`` makes weights."""
-        return from_nnx(lambda rngs: ViT(self, rngs), preprocess=self.preprocess, name="vit")
+        model = from_nnx(lambda rngs: ViT(self, rngs), preprocess=self.preprocess, name="vit")
+        return dataclasses.replace(model, config=self)
 
     @property
     def features(self) -> tuple[str, ...]:

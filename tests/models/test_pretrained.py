@@ -12,18 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from quick import jit
 from safetensors.numpy import load_file, save_file
 
-from jkd import models
+from jkd import data, models
 from jkd.errors import InputError
 from jkd.models import decoder, pretrained
+from jkd.models.pretrained import gemma, llama, preprocess
 from jkd.models.pretrained.layout import Layout
 from jkd.sharding import MeshShape
+from jkd.types import Preprocess
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "pretrained"
 DECODERS = ("llama", "llama3", "qwen2", "qwen3", "gemma2", "gemma3")
-ALL = (*DECODERS,)
+ENCODERS = ("bert", "bert_encoder", "bert_masked", "roberta", "roberta_encoder")
+IMAGES = ("vit", "resnet", "resnet_basic")
+ALL = (*DECODERS, *ENCODERS, *IMAGES)
 
 
 def one_device():
@@ -39,14 +44,35 @@ def answers():
     return lambda name: dict(np.load(GOLDEN / name / "answers.npz"))
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_logits_are_those_of_transformers(name, answers):
+@pytest.mark.parametrize("name", ALL)
+def test_answers_are_those_of_transformers(name, answers):
     model, known = load(name), answers(name)
-    batch = {"tokens": known["tokens"], "mask": known["mask"]}
-    logits = jit(lambda weights: model.apply(*weights, batch)[0].logits)((model.params, model.buffers))
-    real = known["mask"][..., None] > 0
-    assert known["logits"].std() > 0.3
-    np.testing.assert_allclose(np.where(real, logits, 0), np.where(real, known["logits"], 0), rtol=1e-4, atol=1e-4)
+    batch = {key: known[key] for key in ("tokens", "mask", "token_type") if key in known}
+    if name in IMAGES:  # as transformers resized them; they come as 0..1
+        normal = model.preprocess
+        batch = {"image": known["pixels"] * np.float32(normal.std) + np.float32(normal.mean)}
+
+    def run(weights):
+        outputs = model.apply(*weights, batch)[0]
+        return {"logits": outputs.logits} if outputs.has_logits else {"hidden": outputs.hidden, **outputs.heads}
+
+    found = jit(run)((model.params, model.buffers))
+    for kind, value in found.items():
+        expected = known[kind]
+        assert expected.std() > 0.3
+        real = known["mask"][..., None] > 0 if expected.ndim == 3 else True
+        np.testing.assert_allclose(np.where(real, value, 0), np.where(real, expected, 0), rtol=1e-4, atol=1e-4, err_msg=kind)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_images_are_prepared_as_transformers_does(name, answers):
+    """Resized, the middle cut out, normalised. PIL rounds to bytes twice on the way, and cuts what overshoots in between."""
+    model, known = load(name), answers(name)
+    pixels = np.asarray(jit(model.preprocess)(known["image"]))
+    assert pixels.shape == known["pixels"].shape
+    off = np.abs(pixels - known["pixels"]) * np.float32(model.preprocess.std) * 255
+    assert off.mean() < 0.4
+    assert off.max() < 6
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -67,6 +93,7 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
     assert written["eos_token_id"] == 2
     again = models.from_pretrained(tmp_path, mesh=one_device())
     assert again.config == model.config
+    assert again.preprocess == model.preprocess
     jax.tree.map(np.testing.assert_array_equal, (again.params, again.buffers), (model.params, model.buffers))
 
 
@@ -189,13 +216,13 @@ def test_published_sizes(name):
 
 def test_windows_of_published_models():
     gemma2, gemma3 = (
-        pretrained.gemma.GEMMA2.read(PUBLISHED["gemma-2-2b"][2]),
-        pretrained.gemma.GEMMA3.read(PUBLISHED["gemma-3-1b"][2]),
+        gemma.GEMMA2.read(PUBLISHED["gemma-2-2b"][2]),
+        gemma.GEMMA3.read(PUBLISHED["gemma-3-1b"][2]),
     )
     assert gemma2.windowed == (True, False) * 13
     assert [number for number, local in enumerate(gemma3.windowed) if not local] == [5, 11, 17, 23]
     assert (gemma3.rope.theta, gemma3.local_rope.theta, gemma3.window) == (1e6, 1e4, 512)
-    assert pretrained.llama.QWEN2.read(PUBLISHED["Qwen2.5-0.5B"][2]).window is None
+    assert llama.QWEN2.read(PUBLISHED["Qwen2.5-0.5B"][2]).window is None
 
 
 def test_a_config_written_by_hand_finds_its_family():
@@ -205,6 +232,102 @@ def test_a_config_written_by_hand_finds_its_family():
     assert pretrained.describing(decoder.Config(**shape, query_norm=True, window=4)).architecture == "Qwen3ForCausalLM"
     with pytest.raises(InputError, match="none of LlamaForCausalLM, .* describes this Config"):
         pretrained.describing(decoder.Config(**shape, sandwich_norm=True))
+
+
+def test_another_head_on_a_published_trunk():
+    """A classifier is drawn on an encoder that was trained to fill in masked tokens; its pooled token's map is not there."""
+    options = dict(architecture="BertForSequenceClassification", changes={"classes": 5}, fresh=("pool/*", "classifier/*"))
+    model, masked = load("bert_masked", **options, key=jax.random.key(0)), load("bert_masked")
+    assert model.params["classifier"]["kernel"].shape == (16, 5)
+    assert model.params["classifier"]["kernel"].std() > 0.01
+    jax.tree.map(np.testing.assert_array_equal, model.params["layers"], masked.params["layers"])
+    trunk = load("bert", architecture="BertModel")
+    assert "classifier" not in trunk.params
+    np.testing.assert_array_equal(trunk.params["pool"]["linear"]["kernel"], load("bert").params["pool"]["linear"]["kernel"])
+    with pytest.raises(InputError, match="classifier/bias is drawn, so give key="):
+        load("bert_masked", **options)
+    with pytest.raises(InputError, match="tensors bert.pooler.dense.bias, bert.pooler.dense.weight are missing for BertModel"):
+        load("bert_masked", architecture="BertModel")
+
+
+def test_names_of_the_first_berts(tmp_path):
+    shutil.copytree(GOLDEN / "bert", tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")  # noqa: E731
+    renamed = {old(name): value for name, value in tensors.items()} | {"bert.embeddings.position_ids": np.arange(24)[None]}
+    assert renamed.keys() - tensors.keys() != {"bert.embeddings.position_ids"}
+    save_file(renamed, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, models.from_pretrained(tmp_path, mesh=one_device()).params, load("bert").params)
+
+
+def test_rows_beyond_the_tokenizer_are_no_classes(tmp_path, answers):
+    """Two paddings of one vocabulary answer in one shape; transformers' first 40 logits are ours."""
+    words = {f"w{number}": number for number in range(40)}
+    shutil.copytree(GOLDEN / "llama", tmp_path, dirs_exist_ok=True)
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
+    model, known = models.from_pretrained(tmp_path, mesh=one_device()), answers("llama")
+    assert model.config.tokens == 40
+    assert model.tokenizer == data.tokenizer.File(tmp_path).fingerprint
+    padded = {key: np.pad(value, ((0, 8), (0, 0))) for key, value in (("embedding", model.params["embed"]["embedding"]),)}
+    wider = dataclasses.replace(model.config, vocab=56).build()
+    head = np.pad(model.params["head"]["kernel"], ((0, 0), (0, 8)), constant_values=7.0)
+    wide = {**model.params, "embed": padded, "head": {"kernel": jnp.asarray(head)}}
+    batch = {"tokens": known["tokens"], "mask": known["mask"]}
+    answer = jit(
+        lambda *both: [one.apply(params, {}, batch)[0].logits for one, params in zip((model, wider), both, strict=True)]
+    )
+    narrow, broad = answer(model.params, wide)
+    assert narrow.shape == broad.shape == (3, 20, 40)
+    np.testing.assert_allclose(narrow, broad, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(narrow[0], known["logits"][0, :, :40], rtol=1e-4, atol=1e-4)
+
+
+def test_a_tokenizer_goes_with_the_weights(tmp_path):
+    models.save_pretrained(load("llama"), tmp_path, tokenizer=data.tokenizer.Bytes(), extra={"use_cache": False})
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert (described["bos_token_id"], described["eos_token_id"], described["use_cache"]) == (None, 256, False)
+    assert data.tokenizer.File(tmp_path).end == 256
+
+
+PREPROCESS = {
+    "deit": (
+        dict(do_center_crop=True, crop_size=dict(height=224, width=224), size=dict(shortest_edge=256), resample=3),
+        Preprocess(size=(224, 224), mean=(0.5,), std=(0.5,), method="bicubic", crop=224 / 256),
+    ),
+    "resnet": (
+        dict(crop_pct=0.875, size=224, resample=3, feature_extractor_type="ConvNextFeatureExtractor"),
+        Preprocess(size=(224, 224), mean=(0.5,), std=(0.5,), method="bicubic", crop=0.875),
+    ),
+    "large": (dict(crop_pct=1.0, size=dict(shortest_edge=384)), Preprocess(size=(384, 384), mean=(0.5,), std=(0.5,))),
+    "old": (dict(size=96, do_normalize=False), Preprocess(size=(96, 96))),
+    "none": (dict(do_resize=False), Preprocess(mean=(0.5,), std=(0.5,))),
+}
+
+
+@pytest.mark.parametrize("name", PREPROCESS)
+def test_published_preprocessing(name):
+    fields, expected = PREPROCESS[name]
+    found = preprocess.read(dict(image_mean=[0.5], image_std=[0.5]) | fields)
+    assert found == expected
+    again = preprocess.read(preprocess.write(found))
+    three = lambda values: tuple(values) * 3  # noqa: E731
+    assert again == dataclasses.replace(found, mean=three(found.mean), std=three(found.std))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(resample=0), "resample = 0 is not supported"),
+        (dict(rescale_factor=1.0), "rescale_factor = 1.0 is not supported"),
+        (
+            dict(do_center_crop=True, crop_size=8, size=dict(height=9, width=9)),
+            "do_center_crop with size = .* only shortest_edge",
+        ),
+    ],
+)
+def test_other_preprocessing_is_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        preprocess.read(dict(image_mean=[0.5], image_std=[0.5], size=8) | fields)
 
 
 def wrong(change):

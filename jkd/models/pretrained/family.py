@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from jkd.errors import InputError
 from jkd.models.pretrained.layout import Layout
@@ -25,6 +27,9 @@ class Family:
         table: ``{parameter path: (tensor name, layout)}``. ``{}`` stands for a number: in both for one parameter of each, in the
             name alone for parameters that are stacked along their first axis.
         ignored: patterns of tensor names that may be there and are not read.
+        prefix: what the names of all but the head's tensors begin with.
+        also: names of all tensors to further ones that its files hold.
+        bare: whether its own files leave the prefix out, as those of a network without a head do.
         canonical: a config with one way of saying what can be said in several, and without what no config.json says.
     """
 
@@ -33,6 +38,9 @@ class Family:
     write: Callable[[Any], dict[str, Any]]
     table: Mapping[str, tuple[str, str]]
     ignored: tuple[str, ...] = ()
+    prefix: str = ""
+    bare: bool = False
+    also: Callable[[Iterable[str]], Mapping[str, np.ndarray]] = lambda names: {}
     canonical: Callable[[Any], Any]
 
     def source(self, path: str) -> Source:
@@ -76,6 +84,16 @@ class Source:
     def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of each."""
         return self.layout.file_shape(shape[1:] if self.stacked else shape)
+
+
+def both(ours: str, theirs: str, weight: tuple[str, str] = ("kernel", "out in -> in out")) -> dict[str, tuple[str, str]]:
+    """Table entries of a linear map and its bias; ``weight`` is what its matrix is called here, and its layout."""
+    return {f"{ours}/{weight[0]}": (f"{theirs}.weight", weight[1]), f"{ours}/bias": (f"{theirs}.bias", "out -> out")}
+
+
+def normed(ours: str, theirs: str) -> dict[str, tuple[str, str]]:
+    """Table entries of a norm with scale and bias."""
+    return both(ours, theirs, ("scale", "dim -> dim"))
 
 
 def require(json: Json, **values: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,15 @@ def read_json(path: Path) -> dict[str, Any]:
 class Tensors:
     """The tensors of a directory by name. Nothing is read before a tensor is sliced.
 
+    Args:
+        directory: where they are.
+        prefix: what their names begin with, unless they are of the bare network without a head: then it is put before them.
+
     Raises:
         InputError: no safetensors there, or a file that the index names is not.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, prefix: str = ""):
         from safetensors import SafetensorError, safe_open
 
         self.directory = directory
@@ -46,7 +51,7 @@ class Tensors:
             raise InputError(
                 f"{directory}: holds no {_SINGLE} (nor {_INDEX}); weights of other formats must be converted first"
             )
-        self._files: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for name in names:
             if not (directory / name).exists():
                 raise InputError(f"{directory}: {name} is missing, though {_INDEX} names it")
@@ -54,43 +59,51 @@ class Tensors:
                 file = safe_open(directory / name, framework="np")
             except SafetensorError as error:
                 raise InputError(f"{directory / name}: is damaged ({error})") from error
-            self._files |= dict.fromkeys(file.keys(), file)
+            found |= dict.fromkeys(file.keys(), file)
+        bare = not any(name.startswith(prefix) for name in found)
+        self._found = {prefix * bare + _renamed(name): (name, file) for name, file in found.items()}
 
     @property
     def names(self) -> set[str]:
-        return set(self._files)
+        return set(self._found)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self[name].get_shape())
 
     def __getitem__(self, name: str) -> Any:
         """To be sliced with one slice for each axis."""
-        return self._files[name].get_slice(name)
+        original, file = self._found[name]
+        return file.get_slice(original)
 
 
-def write_tensors(directory: Path, sizes: Mapping[str, int], tensors: Iterable[tuple[str, np.ndarray]], largest: int) -> None:
+def _renamed(name: str) -> str:
+    """Names that the first BERTs have from TensorFlow."""
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+
+
+def write_tensors(directory: Path, sizes: Sequence[int], tensors: Iterable[tuple[str, np.ndarray]], largest: int) -> None:
     """Writes tensors as they come, in files of at most ``largest`` bytes (more where one tensor has more).
 
     Args:
         directory: where to.
-        sizes: bytes of every tensor, in the order in which they come.
+        sizes: bytes of every tensor, in the order in which they come: the files' names hold how many files there are.
         tensors: names and values; a file's worth of them is held at a time.
         largest: bytes.
     """
     from safetensors.numpy import save_file
 
-    parts: list[dict[str, int]] = [{}]
-    for name, size in sizes.items():
-        if parts[-1] and sum(parts[-1].values()) + size > largest:
-            parts.append({})
-        parts[-1][name] = size
-    count = len(parts)
-    names = [_SINGLE] if count == 1 else [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-    coming = iter(tensors)
-    for file, part in zip(names, parts, strict=True):
+    parts: list[list[int]] = [[]]
+    for size in sizes:
+        if parts[-1] and sum(parts[-1]) + size > largest:
+            parts.append([])
+        parts[-1].append(size)
+    count, coming, where = len(parts), iter(tensors), dict[str, str]()
+    for number, part in enumerate(parts, 1):
+        file = _SINGLE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+        held = dict(next(coming) for _ in part)
         # "pt" says that the names are PyTorch's; without it transformers refuses the file.
-        save_file(dict(next(coming) for _ in part), directory / file, metadata={"format": "pt"})
+        save_file(held, directory / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(held, file)
     if count > 1:
-        where = {name: file for file, part in zip(names, parts, strict=True) for name in part}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

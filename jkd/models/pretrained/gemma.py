@@ -84,7 +84,7 @@ def _write_gemma3(config: Config) -> dict[str, Any]:
     return {"model_type": "gemma3_text", **_write(config), **write_rope(config.rope), "rope_local_base_freq": local}
 
 
-_Decoder = functools.partial(Family, table=_TABLE, ignored=IGNORED, canonical=canonical)
+_Decoder = functools.partial(Family, prefix="model.", table=_TABLE, ignored=IGNORED, canonical=canonical)
 GEMMA2 = _Decoder(
     architecture="Gemma2ForCausalLM",
     read=_read_gemma2,

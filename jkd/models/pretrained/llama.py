@@ -213,7 +213,7 @@ def _read_qwen3(json: Json) -> Config:
     return dataclasses.replace(_read_qwen(json), query_norm=True, qkv_bias=biased, out_bias=biased)
 
 
-_Decoder = functools.partial(Family, table=TABLE, ignored=IGNORED, canonical=canonical)
+_Decoder = functools.partial(Family, prefix="model.", table=TABLE, ignored=IGNORED, canonical=canonical)
 LLAMA = _Decoder(architecture="LlamaForCausalLM", read=_read_llama, write=_write_llama)
 QWEN2 = _Decoder(
     architecture="Qwen2ForCausalLM",
