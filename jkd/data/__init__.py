@@ -11,9 +11,11 @@ from jkd.data.batch import Record, check_batch
 from jkd.data.pipeline import Data, Map, Source
 from jkd.data.published import tfds
 from jkd.data.sources import arrays, digits, source
+from jkd.data.text import documents, stdlib_text, text_files, tfds_text
 from jkd.data.views import fake, fixed_views, join, labelled_only, subset
 
 __all__ = [
     "At", "Choose", "Crop", "CutMix", "Data", "Flip", "Map", "Mixup", "Record", "Source", "arrays", "augment", "check_batch",
-    "digits", "fake", "fixed_views", "join", "labelled_only", "source", "subset", "tfds", "tokenizer", "vision",
+    "digits", "documents", "fake", "fixed_views", "join", "labelled_only", "source", "stdlib_text", "subset", "text_files", "tfds",
+    "tfds_text", "tokenizer", "vision",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ import numpy as np
 
 from jkd.data.batch import Record, collate, standard
 from jkd.data.order import Order, check_seed, generator, seed_of
+from jkd.data.tokenizer import Tokenizer
 from jkd.errors import InputError, MissingExtra
 from jkd.types import Batch
 
@@ -61,6 +62,7 @@ class Data:
         workers: processes that prepare batches, for maps that hold Python's lock; 0 (the default) uses threads alone.
             They are started afresh, so a script of your own needs its ``if __name__ == "__main__":``.
         streams: further training streams ``(name, data, ratio)``, made by `join`.
+        tokenizer: what its tokens are numbers of, if it is text.
         name: for tables and messages.
 
     The order of the training examples depends on the seed and the epoch alone: not on hosts, threads, workers or restarts.
@@ -73,6 +75,7 @@ class Data:
     threads: int | None = None
     workers: int = 0
     streams: tuple[tuple[str, Data, int], ...] = ()
+    tokenizer: Tokenizer | None = None
     name: str = "data"
 
     def __post_init__(self):

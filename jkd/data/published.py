@@ -94,13 +94,13 @@ class Tfds:
         return getattr(feature, "num_classes", None)
 
     def __len__(self) -> int:
-        return len(_open(self.name, self.data_dir, self.split, self.image))
+        return len(open_split(self.name, self.data_dir, self.split, self.image))
 
     def columns(self) -> Mapping[str, np.ndarray] | None:
         return _load(self) if self.in_memory else None
 
     def records(self, indices: Sequence[int]) -> list[Record]:
-        found = _open(self.name, self.data_dir, self.split, self.image).__getitems__(list(indices))
+        found = open_split(self.name, self.data_dir, self.split, self.image).__getitems__(list(indices))
         channels = self._image_shape()[-1]
         records = []
         for index, each in zip(indices, found, strict=True):
@@ -161,7 +161,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
 
 
 @functools.lru_cache(maxsize=32)
-def _open(name: str, data_dir: str | None, split: str, image: str) -> Any:
+def open_split(name: str, data_dir: str | None, split: str, image: str | None = None) -> Any:
+    """A split's records by number, as they were written; the feature ``image`` stays encoded."""
     builder = _builder(name, data_dir)
     where = os.path.dirname(os.fspath(builder.data_dir).rstrip("/"))
     build = f"tfds build {name} --file_format=array_record --data_dir={builder._data_dir_root}"
@@ -178,7 +179,8 @@ def _open(name: str, data_dir: str | None, split: str, image: str) -> Any:
 
     try:
         with _quietly():
-            return builder.as_data_source(split, decoders={image: tensorflow_datasets.decode.SkipDecoding()})
+            encoded = None if image is None else {image: tensorflow_datasets.decode.SkipDecoding()}
+            return builder.as_data_source(split, decoders=encoded)
     except NotImplementedError as error:
         raise InputError(
             f"TFDS data set {name!r} in {where} is {builder.info.file_format.value}, which has no random access; convert it "
