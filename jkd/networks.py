@@ -87,8 +87,10 @@ def _call(
         params, buffers, specs = model.params, model.buffers, subtree(specs, part)
 
     def run(params: Tree, buffers: Tree, batch: Any) -> tuple[Outputs, Tree]:
-        params = sharding.at_use(params, specs, ctx.mesh, jnp.dtype(ctx.run.compute_dtype))
-        with jax.sharding.use_abstract_mesh(ctx.mesh.abstract_mesh):  # kernels that XLA cannot split ask what the mesh is
+        later = tuple(f"{stack}/*" for stack in model.stacked)
+        params = sharding.at_use(params, specs, ctx.mesh, jnp.dtype(ctx.run.compute_dtype), later=later)
+        # the mesh is for kernels that XLA cannot split
+        with jax.sharding.use_abstract_mesh(ctx.mesh.abstract_mesh), sharding.storing(specs, ctx.mesh):
             outputs, new = model.apply(params, buffers, to_compute(ctx.run, batch), taps=taps, train=train, key=key)
         return outputs, jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), new, buffers)
 

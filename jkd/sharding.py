@@ -6,9 +6,11 @@ names. The axes are Auto: models need no annotation, and XLA places what is not 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,21 +128,54 @@ def without_fsdp(spec: P) -> P:
     return P(*(drop(names) for names in spec))
 
 
-def at_use(params: Tree, specs: Tree, mesh: Mesh, dtype: Any = None) -> Tree:
+def at_use(params: Tree, specs: Tree, mesh: Mesh, dtype: Any = None, *, later: tuple[str, ...] = ()) -> Tree:
     """Parameters as a network gets them: cast to the compute dtype, then gathered along ``fsdp``.
 
     The cast comes first so that bfloat16 travels. Without this constraint XLA is free to gather activations in the place of
     weights; with it, and gradients constrained to the stored places, gradients are reduced and scattered at once.
+
+    Args:
+        later: globs on paths that stay where they are, because the network gathers them itself (`one_layer`).
     """
 
     def place(path: str, leaf: Array, spec: P) -> Array:
         if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(dtype)
-        if "fsdp" not in jax.tree.leaves(tuple(spec)):
-            return leaf
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, without_fsdp(spec)))
+        return leaf if trees.matches(path, later) else _gathered(leaf, spec, mesh)
 
     return trees.map_with_path(place, params, specs)
+
+
+def _gathered(leaf: Array, spec: P, mesh: Any) -> Array:
+    if "fsdp" not in jax.tree.leaves(tuple(spec)):
+        return leaf
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, without_fsdp(spec)))
+
+
+_STORED: contextvars.ContextVar[tuple[Tree, Mesh] | None] = contextvars.ContextVar("stored", default=None)
+
+
+@contextlib.contextmanager
+def storing(specs: Tree, mesh: Mesh) -> Iterator[None]:
+    """While a network is traced within: where its parameters are stored, for `one_layer`."""
+    before = _STORED.set((specs, mesh))
+    try:
+        yield
+    finally:
+        _STORED.reset(before)
+
+
+def one_layer(path: str, params: Mapping[tuple[str, ...], Array]) -> dict[tuple[str, ...], Array]:
+    """One layer's parameters, cut from the stack at ``path`` by a scan, gathered along ``fsdp``.
+
+    A network that scans its layers calls this in the scan, so that one layer at a time is whole, in the backward pass too; its
+    Model names the stack in ``stacked``. Outside a run, and within a model that is made of several, this is the identity.
+    """
+    if (stored := _STORED.get()) is None:
+        return dict(params)
+    places, mesh = trees.flatten(stored[0]), stored[1]
+    place = lambda name: P(*places.get("/".join((path, *name)), P())[1:])  # noqa: E731
+    return {name: _gathered(leaf, place(name), mesh) for name, leaf in params.items()}
 
 
 def shardings(specs: Tree, mesh: Mesh) -> Tree:

@@ -200,6 +200,7 @@ class Model:
         submodule: ``submodule(path) -> Model``, a part of this model whose ``apply`` takes the part's input in the batch's
             place and whose params are the subtree at that path.
         cache: ``cache(rows, length, dtype=float32) -> Tree``, room for ``length`` tokens of each row: see `jkd.models.decoder`.
+        stacked: paths of stacked layers that it gathers one by one while it runs (`jkd.sharding.one_layer`).
         preprocess: how it wants its images; None for models that read no ``image``.
         couples_batch: True where one example's answer in training depends on the others (BatchNorm).
         config: what it was built from, where that is known; `models.save_pretrained` reads it.
@@ -214,6 +215,7 @@ class Model:
     paths: Callable[[Any], dict[str, jax.ShapeDtypeStruct]] = dataclasses.field(default=lambda batch: {})
     submodule: Callable[[str], Model] = _no_parts
     cache: Callable[..., Tree] = _no_cache
+    stacked: tuple[str, ...] = ()
     preprocess: Preprocess | None = None
     couples_batch: bool = False
     config: Any = None

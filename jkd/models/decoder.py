@@ -27,7 +27,7 @@ from jkd import tokens as token
 from jkd.errors import InputError
 from jkd.models.adapt_nnx import from_nnx
 from jkd.models.attention import attend, attend_where
-from jkd.models.layers import Embed, RMSNorm
+from jkd.models.layers import Embed, RMSNorm, gather
 from jkd.models.memory import Memory, advanced, empty_cache, placed
 from jkd.models.rope import Rope, rotate
 from jkd.types import Batch, Model, Outputs, Tree
@@ -156,7 +156,7 @@ class Config:
     def build(self) -> Model:
         """The Model, holding shapes; ``init(key)`` makes weights."""
         model = from_nnx(lambda rngs: Decoder(self, rngs), inputs=_inputs, name="decoder")
-        return dataclasses.replace(model, config=self, cache=self.cache)
+        return dataclasses.replace(model, config=self, cache=self.cache, stacked=("layers",))
 
     def cache(self, rows: int, length: int, dtype: Any = jnp.float32) -> Tree:
         """Room for the keys and values of ``length`` tokens in each row; see `jkd.models.memory`."""
@@ -310,6 +310,7 @@ class Decoder(nnx.Module):
         kinds = jnp.asarray(self.config.kinds[1])
 
         def run(layer: Layer, carry: tuple[Array, Tree | None], number: Array) -> tuple[Array, Tree | None]:
+            gather("layers", layer)
             x, cache = carry
             if cache is None:
                 return layer(x, kinds[number], context, None), None

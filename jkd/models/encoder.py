@@ -20,7 +20,7 @@ from flax import nnx
 from jkd import tokens as token
 from jkd.errors import InputError
 from jkd.models.adapt_nnx import from_nnx
-from jkd.models.layers import Attention, Embed
+from jkd.models.layers import Attention, Embed, gather
 from jkd.types import Batch, Model, Outputs
 
 Array = jax.Array
@@ -88,7 +88,7 @@ class Config:
     def build(self) -> Model:
         """The Model, holding shapes; ``init(key)`` makes weights."""
         model = from_nnx(lambda rngs: Encoder(self, rngs), inputs=self._inputs, name="encoder")
-        return dataclasses.replace(model, config=self)
+        return dataclasses.replace(model, config=self, stacked=("layers",))
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         if "tokens" not in batch:
@@ -184,6 +184,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, tokens: Array, *, segment: Array | None, position: Array, kind: Array) -> Outputs:
         def run(layer: Layer, x: Array) -> Array:
+            gather("layers", layer)
             return layer(x, segment)
 
         if self.config.remat is not None:

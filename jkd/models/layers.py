@@ -6,9 +6,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jkd import sharding
 from jkd.models.attention import attend
 
 Array = jax.Array
+
+
+def gather(path: str, layer: nnx.Module) -> None:
+    """Within a scan over the stack at ``path``: this layer's parameters are made whole; see `jkd.sharding.one_layer`."""
+    state = nnx.state(layer, nnx.Param)
+    flat = {tuple(map(str, where)): leaf for where, leaf in nnx.to_flat_state(state)}
+    whole = sharding.one_layer(path, {where: leaf.get_value() for where, leaf in flat.items()})
+    for where, leaf in flat.items():
+        leaf.set_value(whole[where])
+    nnx.update(layer, state)
 
 
 class Embed(nnx.Module):

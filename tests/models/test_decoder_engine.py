@@ -1,0 +1,76 @@
+"""The decoder in the engine: split over fsdp it learns the same, and no program holds more than one layer whole."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from quick import fill
+
+from jkd import Recipe, Run, Term, losses, optim, sharding, tokens, trees
+from jkd.models import decoder
+from jkd.resolve import make_context
+from jkd.state import init_state, step_shapes
+from jkd.step import make_step
+
+LAYERS = 3
+CONFIG = decoder.Config(vocab=40, tokens=37, dim=32, depth=LAYERS, heads=4, kv_heads=2, hidden=64, window=5, query_norm=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextToken(Recipe):
+    """The smallest recipe for text: the cross-entropy of what comes next."""
+
+    needs_teacher = False
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        labels, weight = tokens.next_tokens(batch)
+        return {"task": Term(losses.cross_entropy(student.logits, labels), weight)}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """One step of plain SGD on eight devices: the program's text, the step's metrics and the gradient."""
+    numbers = np.random.default_rng(0)
+    rows = {"tokens": numbers.integers(0, 37, (8, 12)).astype(np.int32), "weight": np.ones(8, np.float32)}
+    rows["mask"] = (np.arange(12)[None] < numbers.integers(4, 13, (8, 1))).astype(np.int32)
+    model = fill(CONFIG.build())
+    run = Run(
+        student=model,
+        recipe=NextToken(),
+        optimizer=optim.sgd(1.0, momentum=0.0),
+        steps=1,
+        batch_size=8,
+        mesh=sharding.MeshShape(data=1, fsdp=8),
+    )
+    ctx = make_context(run, rows)
+    program = make_step(ctx).lower(*step_shapes(ctx)).compile()
+    state, frozen = init_state(ctx, jax.random.key(0))
+    before = jax.device_get(state.params["student"])
+    state, metrics = program(state, frozen, sharding.put_batch(rows, ctx.mesh))
+    gradient = jax.tree.map(np.subtract, before, jax.device_get(state.params["student"]))
+    return model, rows, program.as_text(), metrics, gradient
+
+
+def test_it_learns_as_on_one_device(trained):
+    model, rows, _, metrics, gradient = trained
+
+    def loss(params):
+        labels, weight = tokens.next_tokens(rows)
+        values = losses.cross_entropy(model.apply(params, {}, rows, train=True)[0].logits, labels)
+        return (values * weight).sum() / weight.sum()
+
+    expected, theirs = jax.jit(jax.value_and_grad(loss))(model.params)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs))
+    for (path, found), wanted in zip(trees.flatten(gradient).items(), trees.flatten(theirs).values(), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * scale, err_msg=path)
+
+
+def test_layers_are_gathered_one_at_a_time(trained):
+    gathered = [tuple(map(int, shape.split(","))) for shape in re.findall(r"= f32\[([\d,]+)\][^=]* all-gather\(", trained[2])]
+    own = {tuple(leaf.shape[1:]) for leaf in jax.tree.leaves(trained[0].params["layers"]) if leaf.size >= 1024}
+    layers = [tuple(size for size in shape if size > 1) for shape in gathered]
+    assert own & set(layers) == own  # every split parameter of a layer is gathered …
+    assert not any(LAYERS in shape for shape in gathered)  # … and never the stack
