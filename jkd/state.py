@@ -107,7 +107,8 @@ def frozen_shapes(ctx: Context) -> Frozen:
 
 def state_shapes(ctx: Context) -> State:
     """The state's shapes; nothing is computed."""
-    given = {side: (ctx.params[side], ctx.buffers[side]) for side in _networks_in_state(ctx) if ctx.networks[side].initialised}
+    # the networks' shapes are known: tracing their init again would take most of the time
+    given = {side: (ctx.params[side], ctx.buffers[side]) for side in _networks_in_state(ctx)}
     return jax.eval_shape(lambda *args: _init(ctx, *args), jax.random.key(0), frozen_shapes(ctx), given)
 
 

@@ -14,6 +14,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_use_fusion_emitters=false",
         "--xla_cpu_parallel_codegen_split_count=1",
+        # eight devices share what cores there are: on a busy machine one may arrive at a collective late, and XLA would abort
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
     ]
 )
 

@@ -15,7 +15,16 @@ from jkd.step import make_step
 FOLDER = Path(__file__).parent.parent / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+QUICK = ("digits",)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[] if path.stem in QUICK else [pytest.mark.slow], id=path.stem)
+        for path in sorted(FOLDER.glob("*.py"))
+    ],
+)
 def test_config_traces(path):
     experiment = configfile.shrink(configfile.resolve(configfile.load(path)))
     earlier = {}
