@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkd import losses, sharding
+from jkd import losses, sharding, sparse, tokens
 from jkd.context import Context
 from jkd.recipe import label_weight
 from jkd.state import Frozen, State
@@ -40,32 +40,56 @@ def measure(student: Outputs, teacher: Outputs | None, batch: Batch) -> Sums:
     """Weighted sums over a batch that `summarise` turns into metrics; sums of batches add up.
 
     Args:
-        student: with logits ``[..., classes]``; of one without them nothing is measured.
+        student: with logits ``[..., classes]``; of one without them nothing is measured. Logits for each of a batch's ``tokens``
+            say the token after it, and are made of (hidden, head) a piece at a time.
         teacher: likewise, or None.
-        batch: ``label`` int ``[...]`` and the weights.
+        batch: ``label`` int ``[...]`` (of tokens what `jkd.tokens.next_tokens` says) and the weights.
     """
     if not student.has_logits:
         return {}
-    weight = label_weight(batch)
-    everyone = batch["weight"]
-    logits = student.logits.astype(jnp.float32)
-    sums = _task(logits, batch["label"], weight)
-    if teacher is not None and teacher.has_logits and teacher.logits_shape == student.logits_shape:
-        theirs = teacher.logits.astype(jnp.float32)
-        sums |= {f"teacher_{name}": value for name, value in _task(theirs, batch["label"], weight).items()}
-        agree = (logits.argmax(-1) == theirs.argmax(-1)).astype(jnp.float32)
-        sums |= {
-            "all": everyone.sum(),
-            "agreement": (agree * everyone).sum(),
-            "kl": (losses.forward_kl(logits, theirs) * everyone).sum(),
-        }
+    label, weight, everyone = _asked(student, batch)
+    both = teacher is not None and teacher.has_logits and teacher.logits_shape == student.logits_shape
+    found = sparse.by_position(_each, label, student, *([teacher] if both else []))
+    sums = _task(found["student"], label, weight, student.logits_shape[-1])
+    if label.ndim == 2 and "bytes" in batch:
+        sums["bytes"] = (tokens.following(batch["bytes"]) * weight).sum()
+    if both:
+        theirs = _task(found["teacher"], label, weight, student.logits_shape[-1])
+        sums |= {f"teacher_{name}": value for name, value in theirs.items()}
+        sums |= {"all": everyone.sum()} | {name: (found[name] * everyone).sum() for name in ("agreement", "kl")}
     return sums
 
 
-def _task(logits: Array, label: Array, weight: Array) -> Sums:
-    probabilities = jax.nn.softmax(logits)
-    confidence = probabilities.max(-1)
-    correct = (logits.argmax(-1) == label).astype(jnp.float32)
+def _asked(student: Outputs, batch: Batch) -> tuple[Array, Array, Array]:
+    """Labels, their weights, and the weights of what needs no label."""
+    label = batch.get("label")
+    if "tokens" in batch and student.logits_shape[:-1] == batch["tokens"].shape and (label is None or label.ndim == 1):
+        label, weight = tokens.next_tokens(batch)
+        return label, weight, weight
+    return batch["label"], label_weight(batch), batch["weight"]
+
+
+def _each(label: Array, student: Array, teacher: Array | None = None) -> dict[str, Any]:
+    """What is measured of each position by itself, from logits ``[..., classes]``."""
+    student = student.astype(jnp.float32)
+    found: dict[str, Any] = {"student": _answer(student, label)}
+    if teacher is not None:
+        teacher = teacher.astype(jnp.float32)
+        agreement = (student.argmax(-1) == teacher.argmax(-1)).astype(jnp.float32)
+        found |= {"teacher": _answer(teacher, label), "agreement": agreement, "kl": losses.forward_kl(student, teacher)}
+    return found
+
+
+def _answer(logits: Array, label: Array) -> dict[str, Array]:
+    return {
+        "correct": (logits.argmax(-1) == label).astype(jnp.float32),
+        "nll": losses.cross_entropy(logits, label),
+        "confidence": jax.nn.softmax(logits).max(-1),
+    }
+
+
+def _task(answer: dict[str, Array], label: Array, weight: Array, classes: int) -> Sums:
+    confidence, correct = answer["confidence"], answer["correct"]
     place = jnp.clip((confidence * BINS).astype(jnp.int32), 0, BINS - 1)
 
     def binned(values: Array | float, place: Array, bins: int) -> Array:
@@ -74,13 +98,12 @@ def _task(logits: Array, label: Array, weight: Array) -> Sums:
     sums = {
         "weight": weight.sum(),
         "correct": (correct * weight).sum(),
-        "nll": (losses.cross_entropy(logits, label) * weight).sum(),
+        "nll": (answer["nll"] * weight).sum(),
         "bin_weight": binned(1.0, place, BINS),
         "bin_confidence": binned(confidence, place, BINS),
         "bin_correct": binned(correct, place, BINS),
     }
     if label.ndim == 1:  # one answer for each example: not the tokens of a text, whose classes are a vocabulary
-        classes = logits.shape[-1]
         sums |= {"class_weight": binned(1.0, label, classes), "class_correct": binned(correct, label, classes)}
     return sums
 
@@ -90,7 +113,8 @@ def summarise(sums: dict[str, Any]) -> dict[str, float]:
 
     ``accuracy`` 0..1, ``nll`` nats, ``ece`` 0..1; with a teacher also ``agreement`` (share of equal first choices), ``kl``
     (KL(teacher || student), nats), ``teacher_accuracy``, ``teacher_nll`` and ``teacher_ece``. What needs labels is left out where
-    no example has one.
+    no example has one. Of text whose ``bytes`` are known also ``bits_per_byte`` and ``teacher_bits_per_byte``, whatever the
+    vocabulary.
     """
     sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
 
@@ -98,12 +122,13 @@ def summarise(sums: dict[str, Any]) -> dict[str, float]:
         total = float(sums[f"{prefix}weight"])
         if not total:
             return {}
+        size = float(sums.get("bytes", 0.0))
         gap = np.abs(sums[f"{prefix}bin_confidence"] - sums[f"{prefix}bin_correct"])
         return {
             f"{prefix}accuracy": float(sums[f"{prefix}correct"]) / total,
             f"{prefix}nll": float(sums[f"{prefix}nll"]) / total,
             f"{prefix}ece": float(gap.sum()) / total,
-        }
+        } | ({f"{prefix}bits_per_byte": float(sums[f"{prefix}nll"]) / size / np.log(2)} if size else {})
 
     metrics = task("") if sums else {}
     if sums.get("all"):
@@ -140,12 +165,13 @@ def make_evaluate(ctx: Context) -> Callable[[State, Frozen], Evaluation] | None:
     # the training batch, or the smallest multiple of the mesh that holds a smaller evaluation set
     rows = min(run.batch_size, -(-data.eval_size // ctx.batch_shards) * ctx.batch_shards)
     eval_step = make_eval_step(ctx, measure, ema=run.evaluate_ema)
+    add = jax.jit(lambda total, sums: jax.tree.map(jnp.add, total, sums))  # one program, not one for each of the sums
 
     def evaluate(state: State, frozen: Frozen) -> Evaluation:
         total: Sums | None = None
         for batch in data.eval_batches(rows, process=process):
             sums = eval_step(state, frozen, sharding.put_batch(batch, ctx.mesh))
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+            total = sums if total is None else add(total, sums)
         if total is None:
             return Evaluation()
         whole = jax.device_get(total)

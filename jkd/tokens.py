@@ -47,6 +47,11 @@ def positions(batch: Batch) -> Array:
     return before - jax.lax.cummax(jnp.where(first, before, 0), axis=1)
 
 
+def following(array: Array) -> Array:
+    """What belongs to the token after, in the place of each; the last place has the first one's, which counts for nothing."""
+    return jnp.roll(array, -1, axis=1)
+
+
 def next_tokens(batch: Batch) -> tuple[Array, Array]:
     """What each place predicts, and how much it counts: the one shift from token t to token t + 1.
 
@@ -59,7 +64,6 @@ def next_tokens(batch: Batch) -> tuple[Array, Array]:
     """
     if "tokens" not in batch:
         raise InputError(f"batch has no 'tokens' but {sorted(batch)}")
-    following = lambda array: jnp.roll(array, -1, axis=1)  # noqa: E731
     tokens = batch["tokens"]
     counted = real(batch) & following(real(batch)) & (jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1)[None]
     if "segment" in batch:

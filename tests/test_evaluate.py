@@ -1,10 +1,13 @@
 """Metrics against NumPy, and sums that do not care how the set is cut."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jkd import sparse
 from jkd.evaluate import BINS, detail, measure, summarise
 from jkd.types import Outputs
 
@@ -111,3 +114,34 @@ def test_what_needs_labels_is_left_out_where_there_are_none():
     found = summarise(measure(Outputs(jnp.asarray(student)), Outputs(jnp.asarray(teacher)), batch))
     assert set(found) == {"agreement", "kl"}
     assert summarise(measure(Outputs(heads={"score": jnp.ones(200)}), None, batch)) == {}
+
+
+def test_text_is_measured_token_by_token_in_pieces(monkeypatch):
+    rng = np.random.default_rng(1)
+    hidden, theirs = (rng.normal(size=(4, 9, 6)).astype(np.float32) for _ in range(2))
+    head = rng.normal(size=(6, 11)).astype(np.float32)
+    tokens = rng.integers(0, 11, (4, 9)).astype(np.int32)
+    batch = dict(
+        tokens=jnp.asarray(tokens),
+        mask=jnp.asarray(np.arange(9)[None] < np.array([9, 9, 5, 0])[:, None]),
+        segment=jnp.asarray(np.repeat([[1, 1, 1, 2, 2, 2, 2, 2, 2]], 4, 0)),
+        bytes=jnp.full((4, 9), 1.5),
+        label=jnp.zeros(4, jnp.int32),  # text has none, and data says 0
+        labelled=jnp.zeros(4),
+        weight=jnp.array([1.0, 1, 1, 0]),
+    )
+    student, teacher = (Outputs(hidden=jnp.asarray(x), head=jnp.asarray(head)) for x in (hidden, theirs))
+    found = summarise(measure(student, teacher, batch))
+    keep = [(row, t) for row, real in enumerate((9, 9, 5)) for t in range(real - 1) if t != 2]
+    logits = np.stack([(hidden @ head)[row, t] for row, t in keep])
+    label = np.array([tokens[row, t + 1] for row, t in keep])
+    np.testing.assert_allclose(
+        [found[name] for name in ("accuracy", "nll", "ece")], by_hand(logits, label, np.ones(len(keep))), rtol=1e-5
+    )
+    assert found["bits_per_byte"] == pytest.approx(found["nll"] / np.log(2) / 1.5, rel=1e-6)
+    agree = logits.argmax(-1) == np.stack([(theirs @ head)[row, t] for row, t in keep]).argmax(-1)
+    assert found["agreement"] == pytest.approx(agree.mean(), rel=1e-6)
+    # in pieces of the time axis: the same
+    monkeypatch.setattr("jkd.sparse.BLOCKS", 3)
+    monkeypatch.setattr("jkd.sparse.by_position", functools.partial(sparse.by_position, whole=1))
+    assert summarise(measure(student, teacher, batch)) == pytest.approx(found, rel=1e-5)
