@@ -10,5 +10,7 @@ from jkd.models.adapt_linen import from_linen as from_linen
 from jkd.models.adapt_nnx import from_nnx as from_nnx
 from jkd.models.compose import ensemble as ensemble
 from jkd.models.compose import prepared as prepared
+from jkd.models.pretrained import Pretrained as Pretrained
+from jkd.models.pretrained import from_config as from_config
 from jkd.models.pretrained import from_pretrained as from_pretrained
 from jkd.models.pretrained import save_pretrained as save_pretrained

@@ -58,7 +58,7 @@ def attend(
             scale=scale,
             is_causal=causal,
             local_window_size=None if window is None else (window - 1, 0 if causal else window - 1),
-            implementation="cudnn" if platform == "gpu" and _cudnn_fits(query, causal, window) else "xla",
+            implementation="cudnn" if platform == "gpu" and _cudnn_fits(query, causal, window, segment) else "xla",
         )
     return attend_where(query, key, value, _band(query.shape[1], causal, window, same), scale=scale, softcap=softcap)
 
@@ -100,11 +100,11 @@ def _platform() -> str:
     return "gpu" if platform in ("cuda", "gpu") else platform
 
 
-def _cudnn_fits(query: Array, causal: bool, window: int | None) -> bool:
-    """bfloat16 or float16, head_dim a multiple of 8 up to 128 (Hopper goes further), an even length, no two-sided window."""
+def _cudnn_fits(query: Array, causal: bool, window: int | None, segment: Array | None) -> bool:
+    """bfloat16 or float16, head_dim a multiple of 8 up to 128, an even length; windows look back only, and not beside documents."""
     time, dim = query.shape[1], query.shape[-1]
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    return half and dim % 8 == 0 and dim <= 128 and time % 2 == 0 and (causal or window is None)
+    return half and dim % 8 == 0 and dim <= 128 and time % 2 == 0 and (window is None or (causal and segment is None))
 
 
 _BLOCK = 128

@@ -97,10 +97,13 @@ def test_the_kernel_of_tpus_has_the_same_gradients():
 
 def test_what_the_kernels_cover():
     half, full = heads(2, time=128, dim=64).astype(jnp.bfloat16), heads(2, time=128, dim=64)
-    assert attention._cudnn_fits(half, True, 4)
-    assert not attention._cudnn_fits(full, True, None)
-    assert not attention._cudnn_fits(half, False, 4)
-    assert not attention._cudnn_fits(half[:, :127], True, None)
+    segment = jnp.zeros((2, 128), jnp.int32)
+    assert attention._cudnn_fits(half, True, 4, None)
+    assert attention._cudnn_fits(half, False, None, segment)
+    assert not attention._cudnn_fits(half, True, 4, segment)
+    assert not attention._cudnn_fits(full, True, None, None)
+    assert not attention._cudnn_fits(half, False, 4, None)
+    assert not attention._cudnn_fits(half[:, :127], True, None, None)
     assert attention._splash_fits(full)
     assert not attention._splash_fits(full[:, :100])
     assert not attention._splash_fits(full[..., :40])

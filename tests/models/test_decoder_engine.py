@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from quick import fill
 
-from jkd import Recipe, Run, Term, losses, optim, sharding, tokens, trees
+from jkd import Recipe, Run, Term, losses, optim, recipes, sharding, tokens, trees
+from jkd.errors import InputError
 from jkd.models import decoder
 from jkd.resolve import make_context
 from jkd.state import init_state, step_shapes
@@ -74,3 +75,23 @@ def test_layers_are_gathered_one_at_a_time(trained):
     layers = [tuple(size for size in shape if size > 1) for shape in gathered]
     assert own & set(layers) == own  # every split parameter of a layer is gathered …
     assert not any(LAYERS in shape for shape in gathered)  # … and never the stack
+
+
+def context(*, student, teacher, recipe):
+    rows = {"tokens": np.zeros((8, 12), np.int32), "weight": np.ones(8, np.float32)}
+    run = Run(student=student, teacher=teacher, recipe=recipe, optimizer=optim.sgd(1.0), steps=1, batch_size=8)
+    return make_context(run, rows)
+
+
+def test_one_vocabulary_padded_in_two_ways_needs_no_flag():
+    teacher = fill(dataclasses.replace(CONFIG, vocab=48).build())
+    ctx = context(student=CONFIG, teacher=teacher, recipe=recipes.KD(task_weight=0.0))
+    assert (ctx.classes, ctx.teacher_outputs.logits_shape) == (37, (8, 12, 37))
+    assert (ctx.student_outputs.head.shape, ctx.teacher_outputs.head.shape) == ((32, 40), (32, 48))
+
+
+def test_two_tokenizers_are_refused():
+    named = lambda letter: dataclasses.replace(fill(CONFIG.build()), tokenizer=letter * 64)  # noqa: E731
+    context(student=named("a"), teacher=named("a"), recipe=recipes.KD(task_weight=0.0))
+    with pytest.raises(InputError, match=r"tokenizers of student \(aaaaaaaa\) and teacher \(bbbbbbbb\) differ"):
+        context(student=named("a"), teacher=named("b"), recipe=recipes.KD(task_weight=0.0))

@@ -16,7 +16,7 @@ import tokenizers
 from quick import jit
 from safetensors.numpy import load_file, save_file
 
-from jkd import data, models
+from jkd import data, fingerprint, models
 from jkd.errors import InputError
 from jkd.models import decoder, pretrained
 from jkd.models.pretrained import gemma, llama, preprocess
@@ -209,7 +209,9 @@ def test_published_sizes(name):
     parameters, architecture, fields = PUBLISHED[name]
     family = next(family for family in pretrained.FAMILIES if family.architecture == architecture)
     config = family.read(fields)
-    assert sum(leaf.size for leaf in jax.tree.leaves(config.build().params)) == parameters
+    model = models.from_config({"architectures": [architecture], **fields})
+    assert model.config == config
+    assert sum(leaf.size for leaf in jax.tree.leaves(model.params)) == parameters
     assert family.holds(config)
     assert next(family for family in pretrained.FAMILIES if family.holds(config)).architecture == architecture
 
@@ -248,6 +250,16 @@ def test_another_head_on_a_published_trunk():
         load("bert_masked", **options)
     with pytest.raises(InputError, match="tensors bert.pooler.dense.bias, bert.pooler.dense.weight are missing for BertModel"):
         load("bert_masked", architecture="BertModel")
+
+
+def test_as_a_model_config():
+    lazy = models.Pretrained(directory=GOLDEN / "llama", mesh=MeshShape(data=1, fsdp=1, tensor=8), changes={"remat": None})
+    assert "llama" in json.dumps(fingerprint.to_json(lazy))
+    assert models.from_config(GOLDEN / "llama").params["norm"]["scale"].shape == (16,)
+    assert not models.from_config(json.loads((GOLDEN / "llama" / "config.json").read_text())).initialised
+    built = lazy.build()
+    jax.tree.map(np.testing.assert_array_equal, built.params, load("llama").params)
+    assert len(built.params["norm"]["scale"].sharding.device_set) == 8
 
 
 def test_names_of_the_first_berts(tmp_path):
@@ -328,6 +340,8 @@ def test_published_preprocessing(name):
 def test_other_preprocessing_is_refused(fields, message):
     with pytest.raises(InputError, match=message):
         preprocess.read(dict(image_mean=[0.5], image_std=[0.5], size=8) | fields)
+    with pytest.raises(InputError, match="Preprocess.crop = 0.0: give a share of the image"):
+        Preprocess(crop=0.0)
 
 
 def wrong(change):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jkd.errors import InputError, nearest
@@ -18,7 +17,7 @@ FAMILIES: tuple[Family, ...] = (
 """Every architecture that is read and written; where several could say the same, the first writes it."""
 
 
-def named(described: Mapping[str, Any], directory: Path, wanted: str | None) -> Family:
+def named(described: Mapping[str, Any], wanted: str | None = None) -> Family:
     """The family that config.json names, or the one that is wanted in its place.
 
     Raises:
@@ -30,7 +29,7 @@ def named(described: Mapping[str, Any], directory: Path, wanted: str | None) -> 
             return family
     known = [family.architecture for family in FAMILIES]
     what = repr(names[0]) if names else "not named"
-    raise InputError(f"{directory}/config.json: the architecture is {what}{nearest(names[0] if names else '', known)}")
+    raise InputError(f"config.json: the architecture is {what}{nearest(names[0] if names else '', known)}")
 
 
 def describing(config: Any) -> Family:

@@ -59,34 +59,76 @@ def from_pretrained(
             another shape; parameters to draw without a key.
     """
     directory = Path(directory)
-    described = read_json(directory / "config.json")
-    family = families.named(described, directory, architecture)
-    config = family.read(described)
-    if hasattr(config, "preprocess") and (directory / preprocess.FILE).exists():
-        config = dataclasses.replace(config, preprocess=preprocess.read(read_json(directory / preprocess.FILE)))
-    vocabulary = File(directory) if (directory / "tokenizer.json").exists() else None
-    if vocabulary is not None and hasattr(config, "tokens"):
-        config = dataclasses.replace(config, tokens=min(config.vocab, vocabulary.size))
-    model = dataclasses.replace(config, **(changes or {})).build()
-    model = dataclasses.replace(model, tokenizer=None if vocabulary is None else vocabulary.fingerprint)
+    model = from_config(directory, architecture=architecture, changes=changes)
+    family = families.named(read_json(directory / "config.json"), architecture)
     tensors, leaves = Tensors(directory, family.prefix), leaves_of(model)
     sources = {path: family.source(path.partition("/")[2]) for path in leaves}
     drawn = {path for path in leaves if trees.matches(path.partition("/")[2], fresh)}
-    _check(
-        family, tensors, {path: (sources[path], leaf.shape) for path, leaf in leaves.items()}, drawn, architecture, directory
-    )
+    needs = {path: (sources[path], leaf.shape) for path, leaf in leaves.items()}
+    _check(family, tensors, needs, drawn, architecture, directory)
     mesh = mesh.build() if isinstance(mesh, MeshShape) else mesh
-    specs = {
-        "params": sharding.parameter_specs(model.params, mesh, rules),
-        "buffers": jax.tree.map(lambda _: P(), model.buffers),
-    }
+    specs = {"params": sharding.parameter_specs(model.params, mesh, rules)}
+    specs |= {"buffers": jax.tree.map(lambda _: P(), model.buffers)}
     places = trees.flatten(sharding.shardings(specs, mesh))
-    weights = {
-        path: _load(tensors, sources[path], leaf, places[path], dtype) for path, leaf in leaves.items() if path not in drawn
-    }
+    read = {path: leaf for path, leaf in leaves.items() if path not in drawn}
+    weights = {path: _load(tensors, sources[path], leaf, places[path], dtype) for path, leaf in read.items()}
     weights |= _drawn(model, {path: places[path] for path in drawn}, key)
     both = {"params": {}, "buffers": {}} | trees.unflatten(weights)
     return model.with_weights(both["params"], both["buffers"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """`from_pretrained` as a model config: nothing is read before the run that names it begins.
+
+    Args:
+        directory, dtype, mesh, rules, architecture, changes, fresh: see `from_pretrained`.
+        seed: of what is drawn.
+    """
+
+    directory: str | Path
+    dtype: Any = None
+    mesh: MeshShape = EVERYWHERE
+    rules: Rules = ()
+    architecture: str | None = None
+    changes: Mapping[str, Any] | None = None
+    fresh: tuple[str, ...] = ()
+    seed: int = 0
+
+    def build(self) -> Model:
+        """The Model with its weights."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "seed"}
+        return from_pretrained(**options, key=jax.random.key(self.seed))
+
+
+def from_config(
+    described: str | Path | Mapping[str, Any],
+    *,
+    architecture: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Model:
+    """The network that a config.json describes, without weights: to be drawn, or to see its shapes.
+
+    Args:
+        described: the directory (its preprocessor_config.json and tokenizer.json are heeded), or what config.json holds.
+        architecture, changes: see `from_pretrained`.
+
+    Raises:
+        InputError: an unknown architecture, or a setting of a known one that is not supported.
+    """
+    if isinstance(described, Mapping):
+        config, vocabulary = families.named(described, architecture).read(described), None
+    else:
+        directory = Path(described)
+        content = read_json(directory / "config.json")
+        config = families.named(content, architecture).read(content)
+        if hasattr(config, "preprocess") and (directory / preprocess.FILE).exists():
+            config = dataclasses.replace(config, preprocess=preprocess.read(read_json(directory / preprocess.FILE)))
+        vocabulary = File(directory) if (directory / "tokenizer.json").exists() else None
+        if vocabulary is not None and hasattr(config, "tokens"):
+            config = dataclasses.replace(config, tokens=min(config.vocab, vocabulary.size))
+    model = dataclasses.replace(config, **(changes or {})).build()
+    return dataclasses.replace(model, tokenizer=None if vocabulary is None else vocabulary.fingerprint)
 
 
 def leaves_of(model: Model) -> dict[str, Any]:
