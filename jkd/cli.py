@@ -23,6 +23,7 @@ examples:
   jkd configs digits > mine.py           copy it, edit it, then
   jkd train mine.py --set steps=200      run it with another value of a parameter of config()
   jkd describe mine.py                   shapes, terms and memory, without compiling
+  jkd report runs/mine-1a2b3c4d          tables and curves of what was trained
   jkd recipes                            every method with its citation
   jkd train --help                       more on training
 
@@ -47,6 +48,19 @@ _EVAL = """
 examples:
   jkd eval runs/digits-1a2b3c4d          what that folder holds
   jkd eval digits --set seed=3           what `jkd train digits --set seed=3` left in its default folder
+"""
+_REPORT = """
+examples:
+  jkd report runs/digits-1a2b3c4d                        a table, and report.html in that folder
+  jkd report runs/digits-1a2b3c4d-seeds                  the same over seeds: mean ± standard deviation
+  jkd report runs/a runs/b --html both.html              what their configs differ in as columns
+  jkd report runs/digits-1a2b3c4d --png methods.png      a picture of every run against control and teacher
+  jkd report runs/digits-1a2b3c4d --json | jq '.[].runs.student.metrics.accuracy.mean'
+
+Folders whose configs differ in seeds alone are one row for each run; so are the runs kd_0, kd_1, … of one config if they differ in
+seeds alone. The run called control is what the others' gain is counted from. A config may name published numbers, which then stand
+beside the measured ones: PUBLISHED = {"kd": 73.33, "simkd": (78.08, 73.09)} (accuracy in %; a pair names the control beside it)
+and PUBLISHED_ON = "CIFAR-100, …". The page is one file that needs nothing else. Nothing is trained or evaluated.
 """
 _DESCRIBE = """
 examples:
@@ -105,6 +119,11 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--seeds", metavar="N", type=int, help="train with seed 0 to N-1 in turn")
     evaluate = command("eval", "Evaluate what was trained.", _EVAL)
     config(evaluate, "a folder that jkd train made, or a config", "RUN_DIR|CONFIG")
+    report = command("report", "Show what trainings left: a table, a page with curves, a picture.", _REPORT)
+    report.add_argument("folders", metavar="RUN_DIR", nargs="+", help="folders that jkd train made; also of --seeds")
+    report.add_argument("--json", action="store_true", help="JSON in place of the table; no page unless --html says where")
+    report.add_argument("--html", metavar="FILE", help="where the page goes; default: report.html in the first folder")
+    report.add_argument("--png", metavar="FILE", help="write a picture too")
     config(command("describe", "Show what a config means: shapes, terms, memory.", _DESCRIBE), file, "CONFIG")
     recipes = command("recipes", "List every method with its citation and what it needs.", _RECIPES)
     recipes.add_argument("--json", action="store_true", help="as JSON")

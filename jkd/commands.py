@@ -183,6 +183,33 @@ def evaluate(arguments: argparse.Namespace, typed: str) -> int:
     return 0
 
 
+def report(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd report``."""
+    _require({name: _PACKAGES[name] for name in ("etils", "rich")})
+    from jkd import report as reports
+
+    groups = reports.compare(reports.read(arguments.folders))
+    if arguments.json:
+        print(reports.as_json(groups))
+    else:
+        reports.table(groups)
+    if arguments.png:
+        _write(arguments.png, reports.png(groups), "--png")
+    if arguments.html or not arguments.json:
+        _write(arguments.html or f"{arguments.folders[0]}/report.html", reports.page(groups).encode(), "--html")
+    return 0
+
+
+def _write(file: str, content: bytes, option: str) -> None:
+    from etils import epath
+
+    try:
+        epath.Path(file).write_bytes(content)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error.strerror or error}); {option} FILE says where else") from None
+    print(f"wrote {file}", file=sys.stderr)
+
+
 def describe(arguments: argparse.Namespace, typed: str) -> int:
     """``jkd describe``."""
     _require(_PACKAGES)
