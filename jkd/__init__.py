@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jkd import cache as cache
     from jkd import data as data
     from jkd import losses as losses
     from jkd import models as models
@@ -63,7 +64,7 @@ _NAMES = {
     "types": ("Model", "Outputs", "Preprocess", "Term"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = ("data", "losses", "models", "optim", "recipes", "schedules", "targets")
+_MODULES = ("cache", "data", "losses", "models", "optim", "recipes", "schedules", "targets")
 
 __all__ = ["__version__", *sorted(_HOME), *_MODULES]
 

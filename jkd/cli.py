@@ -44,6 +44,15 @@ again. Without --workdir, runs/<config>-<8 hex digits of the resolved config> is
 Started by srun, mpirun or on the hosts of a TPU pod, the processes find each other; by hand, set JAX_COORDINATOR_ADDRESS,
 JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
+_CACHE = """
+examples:
+  jkd cache configs/digits_cached.py     then: jkd train configs/digits_cached.py
+  jkd cache digits_cached --set seed=3
+
+Fills the caches that the config's runs read (Run.teacher = cache.Cache(…)) with their teachers' answers to the runs' own data,
+training first those teachers that are runs of the config, in the workdir that jkd train would use. What is there is kept: after a
+kill, or when data was added, the same command adds what is missing.
+"""
 _EVAL = """
 examples:
   jkd eval runs/digits-1a2b3c4d          what that folder holds
@@ -117,6 +126,9 @@ def parser() -> argparse.ArgumentParser:
     config(train, file, "CONFIG")
     train.add_argument("--workdir", metavar="DIR", help="folder for checkpoints and metrics, local, gs:// or s3://")
     train.add_argument("--seeds", metavar="N", type=int, help="train with seed 0 to N-1 in turn")
+    cache = command("cache", "Fill the caches of teacher answers that a config's runs read.", _CACHE)
+    config(cache, file, "CONFIG")
+    cache.add_argument("--workdir", metavar="DIR", help="folder of the runs, as for jkd train")
     evaluate = command("eval", "Evaluate what was trained.", _EVAL)
     config(evaluate, "a folder that jkd train made, or a config", "RUN_DIR|CONFIG")
     report = command("report", "Show what trainings left: a table, a page with curves, a picture.", _REPORT)

@@ -59,7 +59,13 @@ def train(arguments: argparse.Namespace, typed: str) -> int:
 
 
 def _train(
-    experiment: Experiment, workdir: epath.Path, arguments: argparse.Namespace, typed: str, title: str = ""
+    experiment: Experiment,
+    workdir: epath.Path,
+    arguments: argparse.Namespace,
+    typed: str,
+    title: str = "",
+    *,
+    caches_only: bool = False,
 ) -> tuple[int, dict[str, Any]]:
     import jax
 
@@ -74,7 +80,7 @@ def _train(
         _record(workdir, arguments)
     watch = console.Watch()
     try:
-        result = train_experiment(experiment, workdir, listener=watch if lead else Listener())
+        result = train_experiment(experiment, workdir, listener=watch if lead else Listener(), caches_only=caches_only)
     except Stopped as stopped:
         watch.close()
         if lead:
@@ -86,9 +92,29 @@ def _train(
         raise Failed(_out_of_memory(error, watch)) from error
     finally:
         watch.close()
-    if lead:
+    if lead and result.summary:
         console.table(result.summary, title=title)
     return 0, result.summary
+
+
+def cache(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd cache``."""
+    _require(_PACKAGES | {"array_record": "array-record"})
+    from jkd import devices
+    from jkd.cache import Cache
+    from jkd.config import Run
+
+    devices.start(arguments.device)
+    experiment = configfile.resolve(configfile.load(arguments.config), arguments.sets)
+    devices.check(arguments.device)
+    from etils import epath
+
+    if not any(isinstance(node, Run) and isinstance(node.teacher, Cache) for node in experiment.nodes.values()):
+        raise InputError(
+            f"{arguments.config}: no run of it has a cache for its teacher (Run.teacher = cache.Cache(path=…, codec=…))"
+        )
+    workdir = epath.Path(arguments.workdir or _default(arguments.config, experiment, None))
+    return _train(experiment, workdir, arguments, typed, caches_only=True)[0]
 
 
 def _out_of_memory(error: Exception, watch: Watch) -> str:

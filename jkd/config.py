@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from jkd.cache import Cache
 from jkd.errors import InputError, nearest
 from jkd.optim import Optimizer
 from jkd.recipe import Recipe
@@ -66,7 +67,7 @@ class Ensemble:
 METRICS = ("accuracy", "nll", "ece", "agreement", "kl", "teacher_accuracy", "teacher_nll", "teacher_ece")
 """What an evaluation may give (`jkd.evaluate`), and so what `Run.best` may name."""
 
-Teacher = Model | ModelConfig | Ensemble | StudentEma | str | None
+Teacher = Model | ModelConfig | Ensemble | StudentEma | Cache | str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Run:
         recipe: the method.
         optimizer: one for every group, or ``{group: Optimizer}`` where ``"*"`` stands for the groups not named.
         steps: number of updates.
-        teacher: a Model, the name of an earlier node of the experiment, `Ensemble`, `StudentEma`, or None.
+        teacher: a Model, the name of an earlier node of the experiment, `Ensemble`, `StudentEma`, `jkd.cache.Cache`, or None.
         data: what is trained and evaluated on; may be None where batches are fed by hand.
         batch_size: examples of the global batch.
         augment: functions ``(batch, key) -> batch`` on the global batch, on the device, in this order. Both sides see the result.
@@ -168,11 +169,21 @@ class Experiment:
 def dependencies(node: Run | Callable[..., Any]) -> tuple[str, ...]:
     """The names of the nodes that a node reads."""
     if isinstance(node, Run):
-        members = node.teacher.members if isinstance(node.teacher, Ensemble) else (node.teacher,)
+        teacher = node.teacher.teacher if isinstance(node.teacher, Cache) else node.teacher
+        members = teacher.members if isinstance(teacher, Ensemble) else (teacher,)
         return tuple(member for member in members if isinstance(member, str))
     if callable(node):
         return tuple(inspect.signature(node).parameters)
     raise InputError(f"a node of an Experiment is a Run or a function, not {type(node).__name__}")
+
+
+def needed_by_caches(experiment: Experiment) -> set[str]:
+    """The nodes whose answers the caches of an experiment hold, and what these need."""
+    wanted: set[str] = set()
+    for name, node in reversed(experiment.nodes.items()):
+        if name in wanted or isinstance(node, Run) and isinstance(node.teacher, Cache):
+            wanted |= set(dependencies(node))
+    return wanted
 
 
 def every(value: int | float, steps: int) -> int:

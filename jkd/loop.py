@@ -16,9 +16,10 @@ import numpy as np
 from etils import epath
 
 from jkd import fingerprint, metrics, provenance, sharding, teachers, trees
+from jkd.cache import Cache
 from jkd.check import check
 from jkd.checkpoint import Checkpoints
-from jkd.config import Ensemble, Experiment, Run, dependencies, every
+from jkd.config import Ensemble, Experiment, Run, dependencies, every, needed_by_caches
 from jkd.context import Context
 from jkd.errors import InputError
 from jkd.evaluate import Evaluation, make_evaluate
@@ -87,13 +88,16 @@ class Result:
     artifacts: Mapping[str, Any]
 
 
-def train(experiment: Experiment | Run, workdir: Any = None, *, listener: Listener | None = None) -> Result:
+def train(
+    experiment: Experiment | Run, workdir: Any = None, *, listener: Listener | None = None, caches_only: bool = False
+) -> Result:
     """Trains every run of an experiment, in order; what is finished in ``workdir`` is not trained again.
 
     Args:
         experiment: an Experiment, or a Run (which becomes an experiment with the one node ``student``).
         workdir: folder for checkpoints, metrics and ``summary.json``, local or remote (``gs://…``); None keeps nothing.
         listener: hears how it goes.
+        caches_only: fill the caches that the runs read, and train only the runs whose answers these hold.
 
     Raises:
         InputError: a mistake in the experiment, or a ``workdir`` that holds another one.
@@ -106,21 +110,29 @@ def train(experiment: Experiment | Run, workdir: Any = None, *, listener: Listen
     if len(experiment.nodes) > 1:
         check(experiment)  # a mistake in the last run must not wait until the first has trained
     used = {name for node in experiment.nodes.values() for name in dependencies(node)}
+    wanted = needed_by_caches(experiment) if caches_only else set(experiment.nodes)
     done: dict[str, _Finished] = {}
     artifacts = _Artifacts()
     with Interrupts() as interrupts:
         for name, node in experiment.nodes.items():
+            filling = caches_only and isinstance(node, Run) and isinstance(node.teacher, Cache)
+            if name not in wanted and not filling:
+                continue
             if not isinstance(node, Run):
                 node = node(**{needed: artifacts[needed] for needed in dependencies(node)})
             if not isinstance(node, Run):
                 artifacts.add(name, node)
                 continue
             run = _Training(name, node, artifacts, None if folder is None else folder / name, listener, interrupts)
+            if filling:
+                run.fill(whole=True)
+            if name not in wanted:
+                continue
             done[name] = finished = run.finished() or run.train()
             if name in used and finished.summary["agreement"] is None:
                 finished.summary["agreement"] = 1.0  # it is what the others are held against
             artifacts.add(name, finished)
-            if folder is not None and jax.process_index() == 0:
+            if folder is not None and jax.process_index() == 0 and not caches_only:
                 summary = {each: finished.summary for each, finished in done.items()}
                 write_json(folder / "summary.json", summary)
     last = done[list(done)[-1]] if done else None
@@ -173,8 +185,10 @@ class _Training:
         self.config = fingerprint.to_json(run)  # as it was written down: the teacher by its name
         if isinstance(run.teacher, (str, Ensemble)):
             run = dataclasses.replace(run, teacher=teachers.named(run.teacher, earlier))
-        self.name, self.run, self.folder, self.listener, self.interrupts = name, run, folder, listener, interrupts
+        self.name, self.folder, self.listener, self.interrupts = name, folder, listener, interrupts
+        self.cache, self.earlier = run.teacher if isinstance(run.teacher, Cache) else None, earlier
         self.ctx = make_context(run)
+        self.run = self.ctx.run  # a cache's answers come with the data
         self.process = (jax.process_index(), jax.process_count())
         self.periodic = metrics.Periodic()
         self.checkpoints = None
@@ -197,7 +211,15 @@ class _Training:
 
         return _Finished(result["summary"], result["metrics"], load)
 
+    def fill(self, *, whole: bool = False) -> None:
+        """Makes sure that the cache it reads, if it does, is there and fits; see `jkd.cache.filling.ready`."""
+        if self.cache is not None:
+            from jkd.cache import filling
+
+            filling.ready(self.cache, self.ctx, self.earlier, self.listener.message, whole=whole)
+
     def train(self) -> _Finished:
+        self.fill()
         ctx, run, steps = self.ctx, self.run, self.run.steps
         restored = self._restore()
         if restored is None:

@@ -34,7 +34,7 @@ def key(inputs: Mapping[str, Any] | None = None, *, augmentation: int = 0, **mor
     for name in sorted(named):
         array = _plain(name, named[name])
         digest.update(f"{name} {array.dtype.str[1:]} {array.shape};".encode())
-        digest.update(array)
+        digest.update(array.data)
     if augmentation:
         digest.update(f"augmentation {int(augmentation)}".encode())
     return digest.digest()

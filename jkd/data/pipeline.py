@@ -48,6 +48,18 @@ class Source(Protocol):
         ...
 
 
+class Answers(Protocol):
+    """A teacher's answers that lie ready (`jkd.cache.Cache` makes these)."""
+
+    def __call__(self, batch: Batch, *, train: bool) -> Any:
+        """The answers to the rows of a NumPy batch, an `Outputs` of NumPy arrays; None where there are none."""
+        ...
+
+    def spec(self, batch: Batch) -> Any:
+        """Their shapes for a training batch of these shapes."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """Training and evaluation examples, and how they become batches.
@@ -63,6 +75,7 @@ class Data:
             They are started afresh, so a script of your own needs its ``if __name__ == "__main__":``.
         streams: further training streams ``(name, data, ratio)``, made by `join`.
         tokenizer: what its tokens are numbers of, if it is text.
+        answers: what batches hold as ``teacher``, or None.
         name: for tables and messages.
 
     The order of the training examples depends on the seed and the epoch alone: not on hosts, threads, workers or restarts.
@@ -76,6 +89,7 @@ class Data:
     workers: int = 0
     streams: tuple[tuple[str, Data, int], ...] = ()
     tokenizer: Tokenizer | None = None
+    answers: Answers | None = None
     name: str = "data"
 
     def __post_init__(self):
@@ -166,6 +180,8 @@ class Data:
         batch: Batch = {}
         for name, array in standard(example, np.zeros(1, int), None).items():
             batch[name] = jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype)
+        if self.answers is not None:
+            batch["teacher"] = self.answers.spec(batch)
         for name, data, ratio in self.streams:
             batch[name] = data.spec(batch_size * ratio)
         return batch
@@ -222,7 +238,9 @@ class _Train:
         rows = self._batch_size // count
         first = (self._start + place) * self._batch_size + index * rows
         data = self._data
-        batch = _read(data.train, data.train_maps, self._order.examples(first, rows), first, self._seed)
+        batch = _answered(
+            data, _read(data.train, data.train_maps, self._order.examples(first, rows), first, self._seed), train=True
+        )
         for name, stream in self._streams:
             batch[name] = stream[place]
         return batch
@@ -247,10 +265,17 @@ class _Eval:
         assert data.eval is not None  # eval_batches has said so
         # A host whose rows are all padding reads one example for its shapes.
         indices = np.arange(first, first + real) if real else np.zeros(1, int)
-        batch = _read(data.eval, data.eval_maps, indices, first, 0)
+        batch = _answered(data, _read(data.eval, data.eval_maps, indices, first, 0), train=False)
         if real == rows:
             return batch
-        return {name: _pad(array[:real], rows) for name, array in batch.items()}
+        import jax
+
+        return jax.tree.map(lambda array: _pad(array[:real], rows), batch)
+
+
+def _answered(data: Data, batch: Batch, *, train: bool) -> Batch:
+    found = None if data.answers is None else data.answers(batch, train=train)
+    return batch if found is None else {**batch, "teacher": found}
 
 
 def _pad(array: np.ndarray, rows: int) -> np.ndarray:
@@ -262,7 +287,7 @@ def _iterate(batches: Any, data: Data) -> Iterator[Batch]:
         import grain
     except ImportError as error:
         raise MissingExtra('batches need grain: pip install "jkd[train]"') from error
-    simple = data.train.columns() is not None and not data.train_maps and not data.streams
+    simple = data.train.columns() is not None and not (data.train_maps or data.streams or data.answers)
     threads = data.threads or (1 if simple else min(16, os.cpu_count() or 1))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     pipeline = grain.MapDataset.source(batches).to_iter_dataset(options)

@@ -1,4 +1,4 @@
-"""Data made from other data: joined streams, subsets, and noise of the same shape."""
+"""Data made from other data: joined streams, subsets, views drawn once for all, and noise of the same shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from jkd.data.batch import Record
 from jkd.data.labels import checksum
-from jkd.data.pipeline import Data, Source
+from jkd.data.order import check_seed, generator
+from jkd.data.pipeline import Data, Map, Source
 from jkd.data.sources import Arrays
 from jkd.errors import InputError
 
@@ -67,6 +68,25 @@ def labelled_only(data: Data) -> Data:
     return subset(data, mask > 0)
 
 
+def fixed_views(data: Data, count: int = 1, *, seed: int = 0) -> Data:
+    """The same data with so many views of each training example, drawn by its ``train_maps`` once for all.
+
+    Random maps otherwise draw anew at every place of the stream, and a teacher's answers to what they give could be used once. A
+    view is example and number; an epoch holds each once, as an example with an ``index`` of its own.
+
+    Args:
+        count: views of each example.
+        seed: of all their draws; of nothing else, so that runs with other seeds see the same views.
+
+    Raises:
+        InputError: a count below 1.
+    """
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"fixed_views(count={count!r}): give at least 1")
+    train = Views(data.train, data.train_maps, count, check_seed(seed))
+    return dataclasses.replace(data, train=train, train_maps=())
+
+
 def fake(like: Data, *, train_size: int = 256, eval_size: int = 64, seed: int = 0) -> Data:
     """Noise with the shapes, dtypes and classes of other data as it leaves the host-side maps: for dry runs and for throughput.
 
@@ -96,6 +116,42 @@ def fake(like: Data, *, train_size: int = 256, eval_size: int = 64, seed: int = 
     )
     streams = tuple((key, fake(data, train_size=train_size, seed=seed + 1), ratio) for key, data, ratio in like.streams)
     return dataclasses.replace(made, streams=streams)
+
+
+class Views:
+    """A `Source`: every example of another as often as there are views, each changed by its own draw of the maps.
+
+    View v of example i has the index ``v * examples + i``.
+    """
+
+    def __init__(self, inner: Source, maps: Sequence[Map], count: int, seed: int):
+        self._inner, self._maps, self._count, self._seed = inner, tuple(maps), count, seed
+
+    @property
+    def classes(self) -> int | None:
+        return self._inner.classes
+
+    def __len__(self) -> int:
+        return self._count * len(self._inner)
+
+    def columns(self) -> None:
+        return None
+
+    def records(self, indices: Sequence[int]) -> list[Record]:
+        records = self._inner.records([index % len(self._inner) for index in indices])
+        return [self._changed(record, index) for record, index in zip(records, indices, strict=True)]
+
+    def example(self) -> Record:
+        return self._changed(self._inner.example(), 0)
+
+    def _changed(self, record: Record, index: int) -> Record:
+        rng = generator(self._seed, index)
+        for each in self._maps:
+            record = each(record, rng)
+        return record
+
+    def __repr__(self) -> str:
+        return f"Views({self._inner!r}, {self._maps!r}, count={self._count}, seed={self._seed})"
 
 
 class Subset:
