@@ -20,7 +20,7 @@ def test_the_wheel_carries_configs_and_types(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
         archive.extractall(tmp_path / "installed")
-    assert {"jkd/py.typed", "jkd/cli.py", "jkd/_configs/digits.py"} <= held
+    assert {"jkd/py.typed", "jkd/cli.py", "jkd/report/page.css", "jkd/_configs/digits.py"} <= held
     assert {name for name in held if name.startswith("jkd/_configs/") and name.endswith(".py")} == {
         f"jkd/_configs/{path.name}" for path in (root / "configs").glob("*.py")
     }
