@@ -66,10 +66,11 @@ examples:
   jkd report runs/digits-1a2b3c4d --png methods.png      a picture of every run against control and teacher
   jkd report runs/digits-1a2b3c4d --json | jq '.[].runs.student.metrics.accuracy.mean'
 
-Folders whose configs differ in seeds alone are one row for each run; so are the runs kd_0, kd_1, … of one config if they differ
-in seeds alone. The run called control is what the others' gain is counted from. A config may name published numbers, which then
-stand beside the measured ones: PUBLISHED = {"kd": 73.33, "simkd": (78.08, 73.09)} (accuracy in %; a pair names the control beside
-it) and PUBLISHED_ON = "CIFAR-100, …". The page is one file that needs nothing else. Nothing is trained or evaluated.
+Folders whose configs differ in seeds alone are one row for each run; so are the runs kd_0, kd_1, … of one config if they
+differ in seeds alone. The run called control is what the others' gain is counted from. A config may name published numbers,
+which then stand beside the measured ones: PUBLISHED = {"kd": 73.33, "simkd": (78.08, 73.09)} (accuracy in %; a pair names the
+control beside it) and PUBLISHED_ON = "CIFAR-100, …". The page is one file that needs nothing else. Nothing is trained or
+evaluated.
 """
 _DESCRIBE = """
 examples:
