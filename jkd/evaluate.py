@@ -80,7 +80,7 @@ def _each(label: Array, student: Array, teacher: Array | None = None) -> dict[st
     return found
 
 
-def _answer(logits: Array, label: Array) -> dict[str, Array]:
+def _answer(logits: Array, label: Array) -> dict[str, Any]:
     return {
         "correct": (logits.argmax(-1) == label).astype(jnp.float32),
         "nll": losses.cross_entropy(logits, label),

@@ -11,6 +11,7 @@ import numpy as np
 
 from jkd import losses, optim, schedules, sharding, trees
 from jkd.config import Run
+from jkd.prepare import make_prepare
 from jkd.recipe import Recipe
 from jkd.recipes import KD
 from jkd.resolve import make_context
@@ -178,6 +179,8 @@ class Engine:
         state, self.frozen = init_state(self.ctx, jax.random.key(seed))
         self.start = jax.device_get(state)
         self.step = make_step(self.ctx)
+        made = make_prepare(self.ctx)
+        self.prepare = made[0] if made else lambda state, frozen, batch, step: batch
 
     def fresh(self) -> State:
         """The first state, on the devices."""
@@ -189,7 +192,8 @@ class Engine:
     def train(self, rows: list[dict]) -> Trained:
         state, states, metrics = self.fresh(), [], []
         for one in rows:
-            state, found = self.step(state, self.frozen, self.put(one))
+            ready = self.prepare(state, self.frozen, self.put(one), state.step)
+            state, found = self.step(state, self.frozen, ready)
             metrics.append(jax.device_get(found))
             if len(states) == 0:
                 states.append(jax.device_get(state))

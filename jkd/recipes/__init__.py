@@ -28,7 +28,14 @@ from jkd.recipes.logits import FunMatch as FunMatch
 from jkd.recipes.logits import Supervised as Supervised
 from jkd.recipes.meta import FST as FST
 from jkd.recipes.meta import MPL as MPL
+from jkd.recipes.minillm import MiniLLM as MiniLLM
 from jkd.recipes.multilevel import MLLD as MLLD
+from jkd.recipes.onpolicy import ABKD as ABKD
+from jkd.recipes.onpolicy import AKL as AKL
+from jkd.recipes.onpolicy import GKD as GKD
+from jkd.recipes.onpolicy import TAID as TAID
+from jkd.recipes.onpolicy import DistiLLM as DistiLLM
+from jkd.recipes.onpolicy import SeqKD as SeqKD
 from jkd.recipes.own import USKD as USKD
 from jkd.recipes.privileged import LAD as LAD
 from jkd.recipes.privileged import LADTeacher as LADTeacher
@@ -42,6 +49,7 @@ from jkd.recipes.relations import PKT as PKT
 from jkd.recipes.relations import RKD as RKD
 from jkd.recipes.relations import SP as SP
 from jkd.recipes.review import ReviewKD as ReviewKD
+from jkd.recipes.rollouts import Rollout as Rollout
 from jkd.recipes.selftrain import FixMatch as FixMatch
 from jkd.recipes.selftrain import FlexMatch as FlexMatch
 from jkd.recipes.selftrain import MeanTeacher as MeanTeacher

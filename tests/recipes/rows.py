@@ -73,6 +73,23 @@ def by_pixel(batch, key):
     return {**batch, "label": (batch["label"].reshape(-1, 1, 1) + border) % tiny.CLASSES}
 
 
+def as_text(batch, key):
+    """Twelve tokens of each image, of which the first three or four are the prompt; the last may be padding."""
+    rows = batch["image"].shape[0]
+    tokens = (jnp.abs(batch["image"].reshape(rows, -1)[:, :12]) * 5).astype(jnp.int32) % small.VOCAB
+    place = jnp.arange(12)[None]
+    counted = place >= 3 + (batch["label"] % 2)[:, None]
+    real = place < 12 - (batch["label"] % 3)[:, None]
+    return {**batch, "tokens": tokens, "mask": real.astype(jnp.uint8), "loss_mask": counted.astype(jnp.uint8)}
+
+
+TEXT = {
+    "student": {"kind": small.chain},
+    "teacher": {"kind": small.chain, "width": 6},
+    "run": {"augment": (as_text,)},
+    "rate": 1e-2,
+}
+SAYS = recipes.Rollout(prompt=4, length=6, end=0)
 PIXELS = {"run": {"augment": (by_pixel,)}}
 ATTENTION = dict(student_taps=small.QKV, teacher_taps=small.QKV)
 TRANSFORMERS = {"kind": small.transformer, "heads": 2}, {"kind": small.transformer, "width": 12}
@@ -150,4 +167,11 @@ ROWS = {
         pace=1.0,
         nets={"teacher": {"members": (2, 3), "mean": None}},
     ),
+    "AKL": row(recipes.AKL, task_weight=0.5, nets=TEXT),
+    "ABKD": row(recipes.ABKD, nets=TEXT),
+    "TAID": row(recipes.TAID, start=1.0, nets=TEXT),
+    "SeqKD": row(recipes.SeqKD, rollout=SAYS, nets=TEXT | {"rate": 5e-2}),
+    "GKD": row(recipes.GKD, rollout=SAYS, share=0.5, nets=TEXT),
+    "DistiLLM": row(recipes.DistiLLM, rollout=SAYS, capacity=40, look_every=5, threshold=0.8, nets=TEXT),
+    "MiniLLM": row(recipes.MiniLLM, {"whiten": False}, rollout=SAYS, nets=TEXT),
 }

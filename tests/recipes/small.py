@@ -125,6 +125,31 @@ def dense(*, width=6, classes=tiny.CLASSES, channels=2, name="small dense") -> M
     return Model(init=init, apply=apply, params=params, buffers=buffers, name=name)
 
 
+VOCAB = 7
+
+
+def chain(*, width=4, vocab=VOCAB, name="small chain") -> Model:
+    """Tokens -> embedding -> tanh -> hidden and head: what comes next depends on the last token alone. Generates."""
+
+    def init(key):
+        first, last = jax.random.split(key)
+        return {
+            "embed": {"kernel": jax.random.normal(first, (vocab, width))},
+            "head": {"kernel": jax.random.normal(last, (width, vocab)) / 2},
+        }, {}
+
+    def apply(params, buffers, batch, *, taps=(), train=False, key=None):
+        hidden = jnp.tanh(jnp.take(params["embed"]["kernel"], batch["tokens"], axis=0))
+        heads = {"cache": {"read": batch["cache"]["read"] + batch["tokens"].shape[1]}} if "cache" in batch else {}
+        return Outputs(hidden=hidden, head=params["head"]["kernel"], heads=heads), buffers
+
+    def cache(rows, length, dtype=jnp.float32):
+        return {"read": jnp.int32(0)}
+
+    params, buffers = jax.eval_shape(init, jax.random.key(0))
+    return Model(init=init, apply=apply, params=params, buffers=buffers, cache=cache, name=name)
+
+
 def privileged(**options) -> Model:
     """`dense` with the labels' channel."""
     return NoisedLabels(network=dense(channels=3, **options), classes=tiny.CLASSES, scale=1.0).build()

@@ -134,6 +134,8 @@ def test_no_gradient_reaches_the_teacher_unless_declared(name):
     if "teacher" not in made.frozen["params"]:
         pytest.skip("its teacher is trained, or the student's own average")
     rows = augment(made.ctx.run, tiny.batch(), jax.random.key(2))
+    if made.ctx.prepares:
+        rows = made.prepare(made.fresh(), made.frozen, made.put(tiny.batch()), 0)
 
     def loss(params, state, frozen):
         terms = small.evaluate(made.ctx, state, {**frozen, "params": {"teacher": params}}, rows)
@@ -158,7 +160,8 @@ def test_the_loss_falls_and_what_was_learned_is_kept(name, tmp_path):
     if set(found.state.params) == {"student"} and not jax.tree.leaves(found.state.memory):
         return  # nothing of its own: the engine's tests cover the rest
     state = made.fresh()
-    state, _ = made.step(state, made.frozen, made.put(tiny.batch()))
+    rows = made.prepare(state, made.frozen, made.put(tiny.batch()), 0)
+    state, _ = made.step(state, made.frozen, rows)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         restored, _, step = checkpoints.restore(state)
