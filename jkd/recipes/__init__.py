@@ -55,6 +55,8 @@ from jkd.recipes.selftrain import FlexMatch as FlexMatch
 from jkd.recipes.selftrain import MeanTeacher as MeanTeacher
 from jkd.recipes.several import MEALV2 as MEALV2
 from jkd.recipes.several import KnowledgeConcentration as KnowledgeConcentration
+from jkd.recipes.sparse import RandomSamplingKD as RandomSamplingKD
+from jkd.recipes.sparse import TopKKD as TopKKD
 from jkd.recipes.stages import two_stages as two_stages
 from jkd.recipes.standardized import Standardized as Standardized
 from jkd.recipes.standardized import StandardizedKD as StandardizedKD

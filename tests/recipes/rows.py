@@ -167,6 +167,8 @@ ROWS = {
         pace=1.0,
         nets={"teacher": {"members": (2, 3), "mean": None}},
     ),
+    "TopKKD": row(recipes.TopKKD, k=3, task_weight=0.5, nets=TEXT),
+    "RandomSamplingKD": row(recipes.RandomSamplingKD, draws=16, task_weight=0.5, nets=TEXT),
     "AKL": row(recipes.AKL, task_weight=0.5, nets=TEXT),
     "ABKD": row(recipes.ABKD, nets=TEXT),
     "TAID": row(recipes.TAID, start=1.0, nets=TEXT),
