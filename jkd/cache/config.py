@@ -40,5 +40,5 @@ class Cache:
     def __post_init__(self):
         if not self.path or not isinstance(self.path, str):
             raise InputError(f"Cache.path = {self.path!r}: give the name of a folder")
-        if not hasattr(self.codec, "encode"):
+        if not hasattr(self.codec, "shapes"):
             raise InputError(f"Cache.codec = {self.codec!r}: give a TopK, Sampled or Dense")

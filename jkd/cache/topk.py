@@ -74,15 +74,15 @@ class TopK:
                 "TopK: the kept probabilities and leftover do not add up to 1; log_probs must be log-probabilities over the whole "
                 "vocabulary at temperature 1 (TopK.of makes them from logits)"
             )
-        ids, log_probs, leftover = ids.reshape(-1, self.k), log_probs.reshape(-1, self.k), leftover.reshape(-1)
+        # whichever mass is the smaller is kept (that of the classes with its sign turned), so that both are exact to float32
+        mass = np.where(leftover <= 0.5, leftover, -kept)
+        ids, log_probs = ids.reshape(-1, self.k), log_probs.reshape(-1, self.k)
         if np.any(np.diff(np.sort(ids, axis=-1), axis=-1) == 0):
             raise InputError("TopK: an id appears twice among those of one token")
         order = np.argsort(-log_probs, axis=-1, kind="stable")
         log_probs = np.take_along_axis(log_probs, order, -1)
         below = log_probs[:, :1] - log_probs
         values = _steps(below) if self.values == "float16" else _scaled(below)
-        # whichever mass is the smaller is kept (the other one's sign is turned), so that both are exact to float32
-        mass = np.where(leftover <= 0.5, leftover, leftover - 1)
         packed = bits.pack(np.take_along_axis(ids, order, -1), codec.id_bits(self.vocab))
         return codec.count_bytes(len(ids)) + packed + mass.astype("<f4").tobytes() + values
 
