@@ -64,7 +64,10 @@ class Ensemble:
     mean: Literal["probabilities", "logits"] | None = "probabilities"
 
 
-METRICS = ("accuracy", "nll", "ece", "agreement", "kl", "teacher_accuracy", "teacher_nll", "teacher_ece")
+METRICS = (
+    *("accuracy", "nll", "bits_per_byte", "ece", "agreement", "kl"),
+    *("teacher_accuracy", "teacher_nll", "teacher_bits_per_byte", "teacher_ece"),
+)
 """What an evaluation may give (`jkd.evaluate`), and so what `Run.best` may name."""
 
 Teacher = Model | ModelConfig | Ensemble | StudentEma | Cache | str | None

@@ -13,10 +13,11 @@ from rich.table import Table
 
 from jkd.context import Context
 from jkd.loop import Listener, Summary
+from jkd.samples import Sample
 
-COLUMNS = ("parameters", "accuracy", "nll", "ece", "agreement", "examples_per_s")
-"""Of the final table; the first and the last are counts, the others fractions or nats."""
-_TITLES = {"nll": "NLL", "ece": "ECE", "examples_per_s": "examples/s"}
+COLUMNS = ("parameters", "accuracy", "nll", "bits_per_byte", "ece", "agreement", "examples_per_s")
+"""Of the final table; the first and the last are counts, the others fractions, nats or, of text alone, bits."""
+_TITLES = {"nll": "NLL", "bits_per_byte": "bits/byte", "ece": "ECE", "examples_per_s": "examples/s"}
 
 
 class Watch(Listener):
@@ -64,6 +65,9 @@ class Watch(Listener):
         self.close()
         self.message(f"{name}: {_line(summary)}")
 
+    def said(self, name: str, sample: Sample) -> None:
+        self.message(f"{name} goes on with {_end(sample.prompt)!r}: {sample.text!r}")
+
     def skipped(self, name: str, summary: Summary) -> None:
         self.close()
         self.message(f"{name}: was finished before: {_line(summary)}")
@@ -82,10 +86,11 @@ def table(summary: Mapping[str, Mapping[str, Any]], *, title: str = "", file: Te
         console.width = 160  # a file has no width: nothing is cut
     grid = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
     grid.add_column("run")
-    for name in COLUMNS:
+    shown = [name for name in COLUMNS if name != "bits_per_byte" or any(name in metrics for metrics in summary.values())]
+    for name in shown:
         grid.add_column(_TITLES.get(name, name), justify="right")
     for run, metrics in summary.items():
-        grid.add_row(run, *(_cell(name, metrics.get(name)) for name in COLUMNS))
+        grid.add_row(run, *(_cell(name, metrics.get(name)) for name in shown))
     console.print(grid)
 
 
@@ -112,6 +117,10 @@ def _cell(name: str, value: Any) -> str:
         return form(value)
     mean, spread = value
     return form(mean) if name == "parameters" else f"{form(mean)} ± {form(spread)}"
+
+
+def _end(text: str, length: int = 24) -> str:
+    return text if len(text) <= length else "…" + text[-length:]
 
 
 def _count(value: float) -> str:

@@ -128,7 +128,7 @@ def summarise(sums: dict[str, Any]) -> dict[str, float]:
             f"{prefix}accuracy": float(sums[f"{prefix}correct"]) / total,
             f"{prefix}nll": float(sums[f"{prefix}nll"]) / total,
             f"{prefix}ece": float(gap.sum()) / total,
-        } | ({f"{prefix}bits_per_byte": float(sums[f"{prefix}nll"]) / size / np.log(2)} if size else {})
+        } | ({f"{prefix}bits_per_byte": float(sums[f"{prefix}nll"] / size / np.log(2))} if size else {})
 
     metrics = task("") if sums else {}
     if sums.get("all"):

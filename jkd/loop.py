@@ -27,6 +27,7 @@ from jkd.feed import Feed
 from jkd.interrupts import Interrupts
 from jkd.networks import models_of
 from jkd.resolve import make_context
+from jkd.samples import Sample, sample
 from jkd.state import Frozen, State, freeze, init_state, step_shapes
 from jkd.step import make_step, make_term_gradients
 from jkd.types import Batch, Model
@@ -64,6 +65,9 @@ class Listener:
 
     def run_finished(self, name: str, summary: Summary) -> None:
         """A run is done."""
+
+    def said(self, name: str, sample: Sample) -> None:
+        """How the language model of a run that is done goes on with a text."""
 
     def skipped(self, name: str, summary: Summary) -> None:
         """A run was done already."""
@@ -353,14 +357,19 @@ class _Training:
             "parameters": trees.count(product.params),
             "extra_parameters": sum(map(trees.count, own)),  # what the recipe trains beside the student: projectors, critics
             **{name: evaluation.metrics.get(name) for name in ("accuracy", "nll", "ece", "agreement", "kl")},
+            **{name: evaluation.metrics[name] for name in ("bits_per_byte",) if name in evaluation.metrics},
             "examples_per_s": clock.mean(),
             "steps": self.run.steps,
             "params_sha256": trees.sha256(sharding.whole(product.params)),
         }
+        said = sample(self.ctx, product)
         if self.folder is not None and self.process[0] == 0:
             result = {"summary": summary, "metrics": evaluation.metrics, "details": evaluation.details}
+            result |= {} if said is None else {"sample": dataclasses.asdict(said)}
             write_json(self.folder / "result.json", result)
         self.listener.run_finished(self.name, summary)
+        if said is not None:
+            self.listener.said(self.name, said)
         return _Finished(summary, evaluation.metrics, lambda: (state, product))
 
 

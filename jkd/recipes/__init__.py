@@ -35,7 +35,9 @@ from jkd.recipes.onpolicy import AKL as AKL
 from jkd.recipes.onpolicy import GKD as GKD
 from jkd.recipes.onpolicy import TAID as TAID
 from jkd.recipes.onpolicy import DistiLLM as DistiLLM
+from jkd.recipes.onpolicy import NextToken as NextToken
 from jkd.recipes.onpolicy import SeqKD as SeqKD
+from jkd.recipes.onpolicy import TokenKD as TokenKD
 from jkd.recipes.own import USKD as USKD
 from jkd.recipes.privileged import LAD as LAD
 from jkd.recipes.privileged import LADTeacher as LADTeacher

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jkd import losses, schedules, sparse, targets, tokens
 from jkd.errors import InputError
-from jkd.losses.chunked.parts import JS, AlphaBeta, CrossEntropy, Each, Part, SkewReverseKL
+from jkd.losses.chunked.parts import JS, AlphaBeta, CrossEntropy, Each, ForwardKL, Part, SkewReverseKL
 from jkd.models.generate import Sampling
 from jkd.recipe import Recipe, Vars
 from jkd.recipes.rollouts import Rollout, with_masks
@@ -20,19 +20,21 @@ from jkd.types import Array, Batch, Outputs, Term
 Evidence = Literal["golden", "formula", "mechanism"]
 
 
-def by_token(part: Part, student: Outputs, teacher: Outputs | None = None, *, labels: Array | None = None) -> Array:
+def by_token(
+    part: Part, student: Outputs, teacher: Outputs | None = None, *, labels: Array | None = None, temperature: Any = 1.0
+) -> Array:
     """A divergence for each token, ``[batch, time]``; where (hidden, head) are given no logits of the whole text are made."""
     sides = [side for side in (student, teacher) if side is not None]
 
     def value(*args: Array) -> Array:
         logits, rest = args[: len(sides)], args[len(sides) :]
-        return part.full(logits[0], logits[1] if len(logits) > 1 else None, rest[0] if rest else None, 1.0)
+        return part.full(logits[0], logits[1] if len(logits) > 1 else None, rest[0] if rest else None, temperature)
 
     return sparse.by_position(value, *sides, *([] if labels is None else [labels]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _TokenKD(Recipe):
+class _ByToken(Recipe):
     """``weight * D(teacher, student) + task_weight * CE`` over the counted tokens; subclasses say D.
 
     Args:
@@ -49,9 +51,13 @@ class _TokenKD(Recipe):
         """The divergence at this point of the run."""
         raise NotImplementedError
 
+    def softness(self, clock: Clock) -> Any:
+        """The temperature of both sides; its square is inside the loss."""
+        return 1.0
+
     def terms(self, vars, student, teacher, batch, *, clock, key):
         labels, weight = tokens.next_tokens(batch)
-        values = by_token(self.part(vars, clock), student, teacher)
+        values = by_token(self.part(vars, clock), student, teacher, temperature=self.softness(clock))
         terms = {"kd": Term(values, weight, schedules.at(self.weight, clock))}
         if self.task_weight:
             written = weight * (1 - batch["own"][:, None]) if "own" in batch else weight
@@ -61,7 +67,43 @@ class _TokenKD(Recipe):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AKL(_TokenKD):
+class NextToken(Recipe):
+    """The text alone: cross-entropy of the next token. The control of every comparison of language models."""
+
+    citation: ClassVar[str] = "cross-entropy of the next token (the control)"
+    family: ClassVar[str] = "baseline"
+    needs_teacher: ClassVar[bool] = False
+    evidence: ClassVar[Evidence] = "formula"
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        labels, weight = tokens.next_tokens(batch)
+        return {"task": Term(by_token(CrossEntropy(), student, labels=labels), weight)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenKD(_ByToken):
+    """Word-level KD: the teacher's distribution of every next token, ``weight * T² * D + task_weight * CE``.
+
+    Args:
+        divergence: KL(teacher || student) by default; any part of ``losses.chunked``.
+        temperature: T of both softmaxes; number or schedule.
+    """
+
+    divergence: Part = ForwardKL()
+    temperature: float | Schedule = 1.0
+
+    citation: ClassVar[str] = "Kim and Rush, Sequence-Level Knowledge Distillation, EMNLP 2016, word-level"
+    evidence: ClassVar[Evidence] = "formula"
+
+    def part(self, vars, clock):
+        return self.divergence
+
+    def softness(self, clock):
+        return schedules.at(self.temperature, clock)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AKL(_ByToken):
     """Adaptive KL: ``(g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t)`` for each token, g the gaps in the teacher's head and tail.
 
     Args:
@@ -84,7 +126,7 @@ def _adaptive(student: Array, teacher: Array, mu: Array) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ABKD(_TokenKD):
+class ABKD(_ByToken):
     """The alpha-beta divergence of teacher and student; forward KL at (1, 0), reverse KL at (0, 1), squared Hellinger between.
 
     Args:
@@ -105,7 +147,7 @@ class ABKD(_TokenKD):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TAID(_TokenKD):
+class TAID(_ByToken):
     """A target that moves from the student to the teacher, ``softmax((1 - t) z_s + t z_T)``, faster while the loss falls.
 
     After each step ``m <- 0.99 m + 0.01 (last - loss) / last`` and ``t <- max(line, t + rate * sigmoid(m) (1 - t))``, never above
@@ -153,7 +195,7 @@ def _interpolated(student: Array, teacher: Array, t: Array) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GKD(_TokenKD):
+class GKD(_ByToken):
     """Generalised KD: with chance ``share`` a batch's responses are the student's own of this moment, and the teacher judges them.
 
     No gradient passes through the sampling.
@@ -216,7 +258,7 @@ class SeqKD(Recipe):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistiLLM(_TokenKD):
+class DistiLLM(_ByToken):
     """A skewed divergence, and as much of the student's own text as it needs, said once and learned from several times.
 
     With the threshold φ and r drawn anew for each batch: r < φ (1 - step / steps), or r < φ while the buffer is not full: the

@@ -167,6 +167,8 @@ ROWS = {
         pace=1.0,
         nets={"teacher": {"members": (2, 3), "mean": None}},
     ),
+    "NextToken": row(recipes.NextToken, nets=TEXT | {"rate": 5e-2}),
+    "TokenKD": row(recipes.TokenKD, temperature=2.0, task_weight=0.5, nets=TEXT | {"rate": 5e-2}),
     "TopKKD": row(recipes.TopKKD, k=3, task_weight=0.5, nets=TEXT),
     "RandomSamplingKD": row(recipes.RandomSamplingKD, draws=16, task_weight=0.5, nets=TEXT),
     "AKL": row(recipes.AKL, task_weight=0.5, nets=TEXT),

@@ -1,5 +1,8 @@
 """Language models on texts of their own: what a rollout puts where, the buffers and schedules by hand, and the papers' claims."""
 
+import io
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,8 @@ import small
 import tiny
 from rows import ROWS, TEXT, as_text
 
-from jkd import losses, optim, targets
+import jkd
+from jkd import console, data, losses, optim, targets
 from jkd.config import Run
 from jkd.errors import InputError
 from jkd.losses.chunked.parts import ForwardKL, ReverseKL
@@ -279,3 +283,30 @@ def test_a_recipe_that_cannot_be_is_refused(message):
 def test_every_language_recipe_runs_on_text():
     wanted = {"AKL", "ABKD", "TAID", "SeqKD", "GKD", "DistiLLM", "MiniLLM"}
     assert wanted <= {name for name, row in ROWS.items() if row.run == TEXT["run"]}
+
+
+def test_a_run_on_text_says_bits_per_byte_and_how_it_goes_on(tmp_path):
+    texts = ["def f(x):\n    return x\n", "import os\n"] * 8
+    text = data.documents(texts, eval=texts[:2], length=16, layout="pad")
+    recipe = GKD(rollout=Rollout(prompt=4, length=8, end=text.tokenizer.end), share=1.0)
+    model = tiny.weights(small.chain(vocab=text.tokenizer.size))
+    shared = dict(data=text, student=small.chain(vocab=text.tokenizer.size), batch_size=8, optimizer=optim.adamw(1e-2))
+    heard = []
+
+    class Ear(jkd.loop.Listener):
+        def said(self, name, sample):
+            heard.append((name, sample.prompt))
+
+    found = jkd.train(Run(recipe=recipe, teacher=model, steps=2, **shared), tmp_path, listener=Ear())
+    summary = found.summary["student"]
+    predicted = [len(text.encode()) for text in texts[:2]]
+    predicted[0] = 15  # cut to the row: 15 of its 16 tokens are predicted
+    # a document of n bytes has n + 1 tokens, which share them evenly
+    size = 15 * 23 / 24 + 10 * 10 / 11
+    assert summary["bits_per_byte"] == pytest.approx(summary["nll"] * sum(predicted) / size / np.log(2), rel=1e-5)
+    assert heard == [("student", texts[0][:8])]
+    result = json.loads((tmp_path / "student" / "result.json").read_text())
+    assert result["sample"]["prompt"] == texts[0][:8]
+    file = io.StringIO()
+    console.table(found.summary, file=file)
+    assert "bits/byte" in file.getvalue()
