@@ -1,23 +1,23 @@
 """Every test runs on 8 fake CPU devices, with silent rank promotion an error."""
 
 import os
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all of the suite's time is the CPU compiler making programs that run once: LLVM does not optimise them, and the plain
-# emitters compile in a third of the time of the new ones. XLA's own passes (sharding, fusion, donation) stay as they are; what is
-# run for real, in processes of its own, is optimised as for users.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
-        # eight devices share what cores there are: on a busy machine one may arrive at a collective late, and XLA would abort
-        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
-    ]
-)
+# emitters compile in a third of the time of the new ones (jaxlib 0.11 has no others). XLA's own passes (sharding, fusion, donation)
+# stay as they are; what is run for real, in processes of its own, is optimised as for users.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    # eight devices share what cores there are: on a busy machine one may arrive at a collective late, and XLA would abort
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+]
+if version("jaxlib").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax
 
