@@ -10,6 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
+
+from jkd import cache
+from jkd.cache.training import keys_of
 
 HERE = Path(__file__).parent
 DEVICES = 4
@@ -57,3 +61,10 @@ def test_two_processes_make_the_update_that_one_makes(tmp_path):
         found, wanted = part(two, case, "end"), part(one, case, "end")
         assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted), case
         np.testing.assert_allclose(part(two, case, "loss"), part(one, case, "loss"), rtol=2e-5)
+    # both wrote their own rows' answers into one cache: the same as one would
+    readers = [cache.Reader(tmp_path / f"{count}.npz.cache") for count in (1, 2)]
+    assert [len(reader) for reader in readers] == [44, 44]
+    assert {path.name[:11] for path in (tmp_path / "2.npz.cache").glob("shard-*")} == {"shard-00000", "shard-00001"}
+    keys = keys_of({"image": tiny.batch(44)["image"]}, ("image",))
+    found, wanted = (reader.answers(reader.rows(keys))["logits"] for reader in readers)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)

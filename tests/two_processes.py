@@ -17,9 +17,10 @@ def main(process: int, count: int, address: str, out: str) -> None:
     import tiny
     from jax.experimental import multihost_utils
 
-    from jkd import optim, sharding, trees
+    from jkd import cache, optim, sharding, trees
+    from jkd.cache import filling
     from jkd.config import Ema
-    from jkd.data import augment
+    from jkd.data import arrays, augment
     from jkd.resolve import make_context
     from jkd.state import init_state
     from jkd.step import make_step
@@ -51,6 +52,10 @@ def main(process: int, count: int, address: str, out: str) -> None:
             found[f"{name}/loss{number}"] = {"loss": sharding.whole(metrics)["loss"]}
         found[f"{name}/end"] = whole(multihost_utils, {"params": state.params, "ema": state.ema, "buffers": state.buffers})
         assert step._cache_size() == 1
+    answers = cache.Cache(path=f"{out}.cache", codec=cache.Dense(classes=tiny.CLASSES, dtype="float32"), teacher=tiny.teacher())
+    rows = arrays(image=tiny.batch(44)["image"])
+    run = tiny.run(teacher=answers, data=rows, batch_size=16, mesh=sharding.MeshShape(data=2, fsdp=2))
+    filling.ready(answers, make_context(run), {}, print)
     if process == 0:
         np.savez(out, **trees.flatten(found))
 

@@ -29,7 +29,8 @@ class Cache:
         codec: what is kept of an answer.
         teacher: whose answers: a Model with weights, the name of an earlier node of the experiment, or an `Ensemble`. None where
             another program fills the cache.
-        fingerprint: what the cache must say its teacher is (``jkd cache`` prints it); None for whatever ``teacher`` gives.
+        fingerprint: what the cache must say its teacher is (``jkd cache`` prints it): a finished cache is then read without the
+            teacher at hand. None for that of ``teacher``, whose weights are looked at; and where there is none either, for any.
     """
 
     path: str

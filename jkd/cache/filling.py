@@ -52,7 +52,8 @@ def ready(
     if run.data is None or not isinstance(answers, Answers):
         raise InputError("Run.data = None: the answers of a cache come with the data's batches")
     expected = None
-    if cache.teacher is not None:
+    fills = cache.teacher is not None and (whole or not (Path(cache.path) / "manifest.json").exists())
+    if fills or (cache.teacher is not None and cache.fingerprint is None):
         named = isinstance(cache.teacher, (str, Ensemble))
         teacher = teachers.named(cache.teacher, earlier) if named else build(cache.teacher)
         if not teacher.initialised:
@@ -65,7 +66,7 @@ def ready(
         )
         if cache.fingerprint not in (None, expected.teacher):
             raise InputError(f"Cache.fingerprint = {cache.fingerprint!r}: Cache.teacher is {expected.teacher!r}")
-        if whole or not (Path(cache.path) / "manifest.json").exists():
+        if fills:
             fill(Path(cache.path), expected, teacher, run, ctx.mesh, report)
     reader = answers.open()
     found = reader.facts

@@ -83,6 +83,9 @@ def test_it_is_filled_once_with_what_the_teacher_says(filled):
     run = cached(folder, teacher=tiny.teacher())
     filling.ready(run.teacher, jkd.make_context(run), {}, again.append, whole=True)
     assert "56 answers (0 of them new)" in again[0]
+    wrong = cache.Cache(path=str(folder), codec=WHOLE, teacher=tiny.teacher(), fingerprint="Qwen3-4B")
+    with pytest.raises(InputError, match="Cache.fingerprint = 'Qwen3-4B': Cache.teacher is 'teacher"):
+        filling.ready(wrong, jkd.make_context(run), {}, again.append, whole=True)
 
 
 def test_a_mesh_that_splits_weights_gives_the_same_answers(filled, tmp_path):
@@ -238,7 +241,7 @@ def other(model):
     [
         (dict(teacher=other(tiny.teacher())), 'has teacher "teacher .*", not "teacher .*"'),
         (dict(fingerprint="Qwen3-4B"), 'has teacher "teacher .*", not "Qwen3-4B"'),
-        (dict(teacher=tiny.teacher(), fingerprint="Qwen3-4B"), "Cache.fingerprint = 'Qwen3-4B': Cache.teacher is 'teacher"),
+        (dict(teacher=tiny.teacher(), fingerprint="Qwen3-4B"), 'has teacher "teacher .*", not "Qwen3-4B"'),
         (dict(codec=cache.Dense(classes=tiny.CLASSES)), "has codec .*float32.*, not .*float16"),
         (dict(teacher=tiny.network()), "Cache.teacher: tiny holds no weights"),
         (
