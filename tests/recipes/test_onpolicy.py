@@ -234,6 +234,7 @@ def test_reverse_kl_keeps_to_one_mode_and_forward_kl_covers_both():
         assert likely > unlikely + 1.5
 
 
+@pytest.mark.slow
 def test_learning_on_its_own_text_mends_what_it_says_itself():
     """The data never leave tokens 0 to 3; the teacher does. KL(p || q) where the student's own text goes, after as many steps."""
     table = 6 * np.eye(small.VOCAB)[[4, 5, 6, 4, 5, 6, 0]] + np.random.default_rng(0).normal(size=(small.VOCAB, small.VOCAB))
