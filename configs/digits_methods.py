@@ -96,7 +96,7 @@ PUBLISHED = {
 
 def config(*, seed=0, methods=tuple(METHODS), steps=300, labelled=0.1, batch_size=64):
     adam = optim.adamw(schedules.WarmupCosine(3e-3), weight_decay=1e-2)
-    shared = dict(steps=steps, batch_size=batch_size, optimizer=adam, evaluate_every=0.5, seed=seed)
+    shared = dict(steps=steps, batch_size=batch_size, optimizer=adam, evaluate_every=0.1, log_every=10, seed=seed)
     # the control is shown the teacher for its agreement only: Supervised reads nothing of it
     part = data.digits(labelled=labelled, seed=seed)
     control = Run(student=STUDENT, teacher="teacher", recipe=recipes.Supervised(), data=part, **shared)
