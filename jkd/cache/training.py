@@ -19,7 +19,7 @@ from jkd.data import Data
 from jkd.errors import InputError
 from jkd.types import Batch, Outputs
 
-_NO_INPUTS = ("index", "weight", "label", "labelled", "loss_mask", "teacher")
+_NO_INPUTS = ("index", "weight", "label", "labelled", "loss_mask", "bytes", "teacher")
 """What a teacher's answer does not depend on."""
 
 
