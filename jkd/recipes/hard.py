@@ -41,7 +41,7 @@ class Affine:
         spread: standard deviation of all six at the start; the means start at 0.
     """
 
-    spread: float = 0.05
+    spread: float = 0.2
 
     def __post_init__(self):
         if not self.spread > 0:
@@ -92,10 +92,10 @@ class HARD(Recipe):
     augmentor: Augmentor = Affine()
     temperature: float = 1.0
     disagreement: float | Schedule = 1.0
-    constancy: float | Schedule = 1.0
-    lower: float = 0.05
+    constancy: float | Schedule = 0.3
+    lower: float = 0.1
     upper: float = 0.5
-    patience: int = 50
+    patience: int = 5
     task_weight: float = 0.0
 
     citation: ClassVar[str] = "Nix, Burg & Sinz, HARD: Hard Augmentations for Robust Distillation, 2023, arXiv:2305.14890"

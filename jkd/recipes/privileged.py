@@ -12,7 +12,7 @@ from jkd import losses, schedules
 from jkd.data.augment import as_float
 from jkd.errors import InputError
 from jkd.recipe import Recipe
-from jkd.recipes.logits import task, with_task
+from jkd.recipes.logits import task
 from jkd.schedules import Schedule
 from jkd.types import Array, Batch, Model, Outputs, Term
 
@@ -144,7 +144,7 @@ class LAD(Recipe):
 
     def terms(self, vars, student, teacher, batch, *, clock, key):
         kd = Term(_distance(student, teacher, self.temperature), batch["weight"], schedules.at(self.weight, clock))
-        return with_task(self.task_weight, student, batch) | {"kd": kd}
+        return {"task": task(student, batch, coef=self.task_weight), "kd": kd}
 
 
 def _distance(mine: Outputs, target: Outputs, temperature: float) -> Array:

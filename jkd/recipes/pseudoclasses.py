@@ -15,7 +15,7 @@ from jkd import losses, schedules, sharding, targets
 from jkd.errors import InputError
 from jkd.recipe import Recipe, Vars, label_weight
 from jkd.recipes.heads import pooled
-from jkd.recipes.logits import task
+from jkd.recipes.logits import with_task
 from jkd.schedules import Schedule
 from jkd.types import Array, Batch, Model, Term, Tree, subtree
 
@@ -168,7 +168,7 @@ class LELP(Recipe):
         subclasses: S, as given to `with_subclasses`.
         temperature: T of both softmaxes over all ``classes * subclasses``; number or schedule.
         weight: of the teacher's term; number or schedule.
-        task_weight: of the labels' term.
+        task_weight: of the labels' term; 0 leaves it out.
     """
 
     subclasses: int = 10
@@ -200,10 +200,9 @@ class LELP(Recipe):
         temperature = schedules.at(self.temperature, clock)
         target = targets.lelp_split(teacher.logits, teacher.heads["subclasses"])
         kd = losses.forward_kl(student.logits, target, temperature=temperature)
-        terms = {"kd": Term(kd, batch["weight"], schedules.at(self.weight, clock))}
-        if self.task_weight:
-            terms["task"] = task(student.replace(logits=self._merged(student.logits)), batch, coef=self.task_weight)
-        return terms
+        merged = student.replace(logits=self._merged(student.logits))
+        kd_term = Term(kd, batch["weight"], schedules.at(self.weight, clock))
+        return with_task(self.task_weight, merged, batch) | {"kd": kd_term}
 
     def deploy(self, models):
         student = super().deploy(models)

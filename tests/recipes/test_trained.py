@@ -9,7 +9,7 @@ import pytest
 import jkd
 from jkd import data, optim
 from jkd.config import Ema, StudentEma
-from jkd.recipes import DHO, MLLD, FixMatch, FlexMatch, MeanTeacher, View
+from jkd.recipes import DHO, FST, MLLD, MPL, FixMatch, FlexMatch, MeanTeacher, View
 
 DIGITS = data.digits(labelled=0.1)
 JOINED = data.join(data.labelled_only(DIGITS), unlabelled=(DIGITS, 2))
@@ -39,12 +39,19 @@ RUNS = {
     "MeanTeacher on one stream": dict(
         recipe=MeanTeacher(), data=DIGITS, augment=(View("second", CROP), CROP), teacher=StudentEma(), ema=Ema(decay=0.9)
     ),
+    "FST": dict(
+        recipe=FST(ahead=1), data=JOINED, augment=unlabelled("strong"), teacher=StudentEma(), ema=Ema(decay=0.9, warmup=True)
+    ),
+    "MPL": dict(recipe=MPL(uda_weight=1.0), data=JOINED, augment=unlabelled("strong"), teacher=claims.mlp(64, 64, 10)),
     "DHO": dict(recipe=DHO(student_taps=("body",)), data=JOINED, teacher=teacher),
     "MLLD": dict(recipe=MLLD(), data=data.digits(), augment=(View("strong", CROP),), teacher=teacher),
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+SLOW = ("FST", "MPL")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS])
 def test_it_trains_from_data_to_evaluation(name):
     fields = {key: value() if value is teacher else value for key, value in RUNS[name].items()}
     run = jkd.Run(student=claims.mlp(64, 64, 10), optimizer=optim.adamw(3e-3), steps=100, batch_size=32, **fields)
