@@ -111,8 +111,9 @@ def test_answers_prepared_for_other_images_are_refused():
 
 # --- a teacher that does not mind shifts ---------------------------------------------------------------------------------------
 
-SIDE, GLYPHS = 8, 5
-SHAPES = np.random.default_rng(5).choice([-1.0, 1.0], size=(GLYPHS, 3, 3)).astype(np.float32)
+SIDE, GLYPHS = 12, 5
+# 3x3 fields of 2x2 pixels, black or white
+SHAPES = np.random.default_rng(5).choice([-1.0, 1.0], size=(GLYPHS, 3, 3)).repeat(2, 1).repeat(2, 2).astype(np.float32)
 
 
 def matcher() -> Model:
@@ -124,7 +125,7 @@ def matcher() -> Model:
         match = jax.lax.conv_general_dilated(batch["image"], kernel, (1, 1), "SAME", dimension_numbers=dims)
         return Outputs(jax.nn.logsumexp(match, axis=(1, 2))), buffers
 
-    params = {"shapes": SHAPES}
+    params = {"shapes": SHAPES / 4}
     return Model(init=lambda key: (params, {}), apply=apply, params=params, buffers={}, name="matcher")
 
 
@@ -135,26 +136,26 @@ def glyphs(count, *, seed, shift):
     image = 0.1 * rng.normal(size=(count, SIDE, SIDE, 1)).astype(np.float32)
     corner = 3 + rng.integers(-shift, shift + 1, (count, 2))
     for one, (top, left), which in zip(image, corner, label, strict=True):
-        one[top : top + 3, left : left + 3, 0] += SHAPES[which]
+        one[top : top + 6, left : left + 6, 0] += SHAPES[which]
     return image, label
 
 
 @pytest.mark.slow
 def test_a_student_without_convolutions_learns_from_hard_augmentations_to_bear_shifts():
     """Images at the middle are all that either student is given; the teacher is asked about more of them by HARD alone."""
-    size, batch_size, steps = 500, 100, 600
+    size, batch_size, steps = 200, 50, 300
     train, test = glyphs(size, seed=0, shift=0), glyphs(1000, seed=1, shift=2)
     teacher = matcher()
     assert (np.asarray(teacher.apply(teacher.params, {}, {"image": test[0]})[0].logits).argmax(-1) == test[1]).mean() > 0.95
 
-    def accuracy(recipe):
+    def accuracy(recipe, optimizers):
         run = tiny.run(
             recipe=recipe,
             student=claims.mlp(SIDE * SIDE, 64, GLYPHS),
             teacher=teacher,
             batch_size=batch_size,
             steps=steps,
-            optimizer=optim.adamw(3e-3),
+            optimizer=optimizers,
         )
         trial = claims.Trial(run, claims.rows(*train, np.arange(batch_size)), train_size=size)
         found = []
@@ -164,5 +165,7 @@ def test_a_student_without_convolutions_learns_from_hard_augmentations_to_bear_s
             found.append((trial.answers(student, test[0]).argmax(-1) == test[1]).mean())
         return np.array(found)
 
-    plain, hard = accuracy(KD(temperature=1.0, weight=1.0, task_weight=0.0)), accuracy(HARD())
-    assert (hard > plain + 0.1).all(), (hard, plain)
+    slow, fast = optim.adamw(3e-3), optim.adamw(3e-2, weight_decay=0.0)
+    plain = accuracy(KD(temperature=1.0, weight=1.0, task_weight=0.0), slow)
+    hard = accuracy(HARD(), {"student": slow, "augmentor": fast})
+    assert (hard > plain + 0.3).all(), (hard, plain)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import claims
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +13,11 @@ import small
 import tiny
 from scipy.special import log_softmax
 
+from jkd import optim
 from jkd.errors import InputError
 from jkd.networks import models_of
-from jkd.recipes import LAD, LADTeacher, NoisedLabels
+from jkd.recipes import LAD, LADTeacher, NoisedLabels, Supervised
+from jkd.types import Model, Outputs
 
 SIDE = tiny.IMAGE[0]
 
@@ -135,3 +140,86 @@ def test_each_draw_is_the_detached_target_of_the_other():
         return task(first) + task(second) + 5 * (towards(fixed[1], first) + towards(fixed[0], second))
 
     tiny.close(made.gradient(rows)["student"], jax.grad(objective)(network.params, network.params), 1e-4)
+
+
+# --- regions of four gray levels, under so much noise that where a region ends is hard to see -----------------------------------
+
+PIXELS, LEVELS, WIDE = 8, 4, 8
+
+
+def segmenter(channels: int) -> Model:
+    """Three 3x3 convolutions and a linear map for each pixel."""
+    shapes = {str(i): (3, 3, WIDE if i else channels, WIDE) for i in range(3)}
+
+    def init(key):
+        def layer(place, shape):
+            spread = np.sqrt(2 / np.prod(shape[:-1]))
+            return {"kernel": spread * jax.random.normal(jax.random.fold_in(key, place), shape), "bias": jnp.zeros(shape[-1])}
+
+        params = {name: layer(int(name), shape) for name, shape in shapes.items()}
+        return params | {"head": layer(3, (WIDE, LEVELS))}, {}
+
+    def apply(params, buffers, batch, *, taps=(), train=False, key=None):
+        x, dims = batch["image"].astype(jnp.float32), ("NHWC", "HWIO", "NHWC")
+        for name in shapes:
+            x = jax.lax.conv_general_dilated(x, params[name]["kernel"], (1, 1), "SAME", dimension_numbers=dims)
+            x = jax.nn.relu(x + params[name]["bias"].reshape(1, 1, 1, -1))
+        return Outputs(x @ params["head"]["kernel"] + params["head"]["bias"].reshape(1, 1, 1, -1)), buffers
+
+    params, buffers = jax.eval_shape(init, jax.random.key(0))
+    return Model(init=init, apply=apply, params=params, buffers=buffers, name="segmenter")
+
+
+def scenes(count, *, seed):
+    """Two rectangles before a background, each of any level."""
+    rng = np.random.default_rng(seed)
+    label = np.repeat(rng.integers(0, LEVELS, (count, 1, 1)), PIXELS * PIXELS).reshape(count, PIXELS, PIXELS).astype(np.int32)
+    for one in label:
+        for _ in range(2):
+            high, wide = rng.integers(3, 6, 2)
+            top, left = rng.integers(0, PIXELS - high + 1), rng.integers(0, PIXELS - wide + 1)
+            one[top : top + high, left : left + wide] = rng.integers(0, LEVELS)
+    image = label / (LEVELS - 1) + 0.5 * rng.normal(size=label.shape)
+    return image[..., None].astype(np.float32), label
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clean(NoisedLabels):
+    """The labels as they are."""
+
+    def channel(self, label, keys):
+        return label / (LEVELS - 1)
+
+
+@pytest.mark.slow
+def test_noised_labels_make_a_better_teacher_and_clean_ones_a_useless_one():
+    """Twenty images: with noise the teacher beats a network without labels, and so does the student that learns from it."""
+    size, steps, seeds = 20, 300, range(2)
+    train, test = scenes(size, seed=0), scenes(500, seed=99)
+
+    def trained(recipe, student, teacher=None):
+        run = tiny.run(
+            recipe=recipe, student=student, teacher=teacher, optimizer=optim.adamw(3e-3), steps=steps, batch_size=size
+        )
+        trial = claims.Trial(run, claims.rows(*train, np.arange(size)), train_size=size)
+        params = [trial.student((claims.rows(*train, i) for i in claims.epochs(size, size, steps, s)), seed=s) for s in seeds]
+
+        def right(own):
+            answer = trial.ctx.student.apply(own, {}, {"image": test[0], "label": test[1]})[0].logits
+            return (np.asarray(answer).argmax(-1) == test[1]).mean()
+
+        return np.array([right(own) for own in params]), trial.ctx.student.with_weights(params[0], {})
+
+    plain, _ = trained(Supervised(), segmenter(1))
+    found = {}
+    for kind, given in (
+        ("noised", NoisedLabels(network=segmenter(2), classes=LEVELS, scale=1.0)),
+        ("clean", Clean(network=segmenter(2), classes=LEVELS)),
+    ):
+        master, teacher = trained(LADTeacher(), given)
+        found[kind] = master, trained(LAD(), segmenter(1), teacher)[0]
+    (noised, good), (clean, useless) = found["noised"], found["clean"]
+    assert (noised > plain + 0.02).all(), (plain, found)
+    assert (good > plain + 0.02).all(), (plain, found)
+    assert (clean > 0.9).all(), (plain, found)
+    assert useless.mean() < plain.mean() + 0.015 < good.mean() - 0.015, (plain, found)
