@@ -2,8 +2,9 @@
 
     jkd train configs/digits_cached.py
 
-About a minute on two CPU cores. The teacher answers once, to 5,213 different views and images, 20 bytes an answer; then it is gone:
-student and control train without it, from the same views, of which 5 % have labels. Measured: see docs/results.md.
+About a minute on two CPU cores. The teacher answers once, to 5,213 different images (20 bytes an answer), and is then gone: student
+and control train without it, from the same views, of which 5 % have labels. Measured over seeds 0, 1, 2, accuracy: teacher 0.99,
+control 0.79, 0.75, 0.75, student 0.95, 0.96, 0.97.
 """
 
 from jkd import Experiment, Run, cache, data, models, optim, recipes, schedules

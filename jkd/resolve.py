@@ -37,7 +37,7 @@ def make_context(
     if isinstance(run.teacher, Cache):
         from jkd.cache.training import attached
 
-        run = attached(run)
+        run, batch = attached(run, batch)
     mesh = run.mesh.build(devices)
     if batch is None:
         if run.data is None:

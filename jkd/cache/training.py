@@ -23,8 +23,8 @@ _NO_INPUTS = ("index", "weight", "label", "labelled", "loss_mask", "bytes", "tea
 """What a teacher's answer does not depend on."""
 
 
-def attached(run: Run) -> Run:
-    """The run whose batches hold the cache's answers; nothing is opened yet."""
+def attached(run: Run, batch: Batch | None = None) -> tuple[Run, Batch | None]:
+    """The run whose batches hold the cache's answers, and the batch (or its shapes) with theirs; nothing is opened yet."""
     from jkd import models
 
     cache = run.teacher
@@ -34,8 +34,13 @@ def attached(run: Run) -> Run:
             f"{type(run.recipe).__name__} reads {min(missing)!r} of the teacher, which the cache does not hold: add it to "
             "Cache.codec, as in Dense(taps={path: shape})"
         )
-    data = None if run.data is None else dataclasses.replace(run.data, answers=Answers(cache, run.data))
-    return dataclasses.replace(run, teacher=models.prepared(), data=data)
+    run = dataclasses.replace(run, teacher=models.prepared())
+    if run.data is None:
+        return run, batch
+    answers = Answers(cache, run.data)
+    if batch is not None and "teacher" not in batch:
+        batch = {**batch, "teacher": answers.spec(batch)}
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, answers=answers)), batch
 
 
 def inputs_of(batch: Batch) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import textwrap
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def made(folder, source, codec=WHOLE, inputs=("image",), **facts):
 
 
 def answered(folder, source, **fields):
-    return attached(cached(folder, data=source, **fields)).data
+    return attached(cached(folder, data=source, **fields))[0].data
 
 
 @pytest.mark.parametrize("maps", [False, True])
@@ -278,7 +279,7 @@ def test_other_tokens_are_refused(tmp_path):
         filling.ready(run.teacher, jkd.make_context(run), {}, lambda line: None)
     run = reading(tmp_path / "c", cache.TopK(k=3, vocab=11), recipes.TopKKD(k=4), teacher=chain())
     with pytest.raises(InputError, match="the 4 likeliest classes of an answer that holds 3"):
-        sparse.fewer(attached(run).data.spec(8)["teacher"].heads["topk"], 4)
+        sparse.fewer(attached(run)[0].data.spec(8)["teacher"].heads["topk"], 4)
 
 
 def test_a_tap_that_is_not_kept_is_told_before_anything_is_read(tmp_path):
@@ -288,8 +289,12 @@ def test_a_tap_that_is_not_kept_is_told_before_anything_is_read(tmp_path):
 
 
 def test_shapes_need_no_cache(tmp_path):
-    ctx = jkd.make_context(cached(tmp_path / "nowhere"))
+    run = cached(tmp_path / "nowhere")
+    ctx = jkd.make_context(run)
     assert ctx.batch["teacher"].logits.shape == (16, tiny.CLASSES)
+    assert jkd.make_context(run, run.data.spec(16)).batch.keys() == ctx.batch.keys()
+    again = pickle.loads(pickle.dumps(ctx.run.data))  # as the worker processes of `Data.workers` get it
+    assert again.answers.spec(run.data.spec(4)).taps["body"].shape == (4, 48)
     with pytest.raises(InputError, match="there is no cache in .*nowhere"):
         jkd.train(cached(tmp_path / "nowhere"))
 
@@ -331,7 +336,7 @@ def test_the_command_fills_and_training_reads(tmp_path, monkeypatch, capsys):
 
 def test_rows_stay_where_they_are(filled):
     """`sharding.put_batch` and microbatches cut answers like any other rows."""
-    run = dataclasses.replace(attached(cached(filled[0])), microbatches=2, mesh=sharding.MeshShape(data=2, fsdp=4))
+    run = dataclasses.replace(attached(cached(filled[0]))[0], microbatches=2, mesh=sharding.MeshShape(data=2, fsdp=4))
     ctx = jkd.make_context(run)
     state, frozen = jkd.init_state(ctx, jax.random.key(0))
     batches = run.data.batches(16, seed=0)
