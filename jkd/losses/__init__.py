@@ -10,6 +10,7 @@ TinyBERT leave it out: ``coef = 1 / temperature**2`` makes a term equal to their
 
 from __future__ import annotations
 
+from jkd.losses import chunked as chunked
 from jkd.losses.activations import activation_boundary, overhaul
 from jkd.losses.attention import attention_kl, attention_scores_mse, self_relation_kl, value_relation_kl
 from jkd.losses.contrastive import crd, info_nce, soft_contrastive
