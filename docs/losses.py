@@ -79,6 +79,8 @@ def page() -> str:
         "",
         "*authors' numbers*: value and gradient equal to 1e-5 what the authors' code (or a well-known re-implementation, named in"
         " `tests/golden/index.json`) prints. Every function is also held to a float64 NumPy formula written from its paper.",
+        "",
+        "`python benchmarks/losses.py` compares time and memory of each loss with the plain transcription of its formula.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -7,6 +7,7 @@ gradient of the branch not taken is still computed, and 0 * nan is nan.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -152,6 +153,12 @@ def log_ratio(log_p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch
     return jnp.where(jnp.abs(difference) < jnp.inf, difference, 0)
 
 
+def real_classes(*logits: Float[Array, "*batch classes"]) -> tuple[Float[Array, "*batch classes"], ...]:
+    """The logits with 0 in the classes that any of them masks with -inf."""
+    real = functools.reduce(jnp.logical_and, (z > -jnp.inf for z in logits))
+    return tuple(jnp.where(real, z, 0) for z in logits)
+
+
 # From about as many classes on, one more sum for each row costs less than one more pass over them.
 WIDE = 64
 
@@ -189,8 +196,14 @@ def cross_entropy_of_logits(
     """`cross_entropy_of` the softmaxes of two logit vectors (already divided by T), as `kl_of_logits` is written."""
     if p_logits.shape[-1] < WIDE:
         return cross_entropy_of(jax.nn.softmax(p_logits, axis=-1), jax.nn.log_softmax(q_logits, axis=-1))
-    (_, exp_p, total_p), (q, _, total_q) = shifted_exp(p_logits), shifted_exp(q_logits)
-    return cross_entropy_of(exp_p, q - jnp.log(total_q)) / total_p[..., 0]
+    _, exp_p, total_p = shifted_exp(p_logits)
+    return cross_entropy_with(exp_p, q_logits) / total_p[..., 0]
+
+
+def cross_entropy_with(p: Float[Array, "*batch classes"], q_logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
+    """`cross_entropy_of` p and the softmax of logits. The mask is read off the logits, so that no log-softmax is kept for it."""
+    q, _, total = shifted_exp(q_logits)
+    return -jnp.sum(p * jnp.where(q_logits > -jnp.inf, q - jnp.log(total), 0), axis=-1)
 
 
 def kl_to_mixture(
@@ -253,12 +266,13 @@ def is_label(labels: Any, classes: int) -> jax.Array:
 # --- norms, correlations, means -----------------------------------------------------------------------------------------
 
 
+@jax.custom_jvp
 def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``log(1 + exp x)``; `jax.nn.softplus` with less work (no handling of infinities).
+    """``log(1 + exp x)``; `jax.nn.softplus` with less work (no handling of infinities) and nothing but x kept for its gradient."""
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
-    ``min(x, -x)`` is ``-|x|`` with gradient 0 at 0 (that of `jnp.abs` is 1 there), which makes this one's 1/2, as it is.
-    """
-    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(jnp.minimum(x, -x)))
+
+softplus.defjvps(lambda tangent, answer, x: jax.nn.sigmoid(x) * tangent)
 
 
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:

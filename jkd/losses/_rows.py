@@ -28,10 +28,12 @@ def rows(where, **embeddings):
 
 
 def count(kept):
+    """How many rows are kept, at least 1: what means over examples are divided by."""
     return jnp.maximum(jnp.sum(kept), 1)
 
 
 def centred(x, kept):
+    """Less the mean of the kept rows; dropped rows stay 0."""
     return (x - masked_mean(x, kept[:, None], 0, keepdims=True)) * kept[:, None]
 
 

@@ -15,7 +15,7 @@ from jkd.losses._common import (
     check_rank,
     check_same_shape,
     check_where,
-    cross_entropy_of,
+    cross_entropy_with,
     describe,
     normalize,
     promote,
@@ -105,12 +105,12 @@ def soft_contrastive(
     similarities, targets = promote(student_similarities, teacher_targets)
     logits = similarities / temperature
     if where is None:
-        return cross_entropy_of(targets, jax.nn.log_softmax(logits))
+        return cross_entropy_with(targets, logits)
     check_where(where, logits.shape, meaning="[..., candidates]")
     kept = jnp.asarray(where) != 0
     # A softmax over nothing is undefined: a row without a candidate keeps them all, and its targets are dropped.
     logits = jnp.where(kept | ~jnp.any(kept, axis=-1, keepdims=True), logits, -jnp.inf)
-    return cross_entropy_of(jnp.where(kept, targets, 0), jax.nn.log_softmax(logits))
+    return cross_entropy_with(jnp.where(kept, targets, 0), logits)
 
 
 def _scores(embeddings, bank, candidates):
@@ -178,7 +178,7 @@ def crd(
 
     Source:
         [CRD] Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv:1910.10699, the
-        noise-contrastive objective and its critic.
+        noise-contrastive objective, equation 18, and its critic.
 
     Code versus paper:
         As the code, with weight 0.8 (and 1 for `forward_kl` in CRD+KD). The memory is detached, both embeddings are trained. The
@@ -196,7 +196,7 @@ def crd(
     kept, student, teacher = rows(where, **embeddings)
     _check_memory(student, index, negatives, memory)
     student, teacher = normalize(student), normalize(teacher)
-    student_bank, teacher_bank = (memory[name].astype(student.dtype) for name in ("student", "teacher"))
+    student_bank, teacher_bank = (jnp.asarray(memory[name], student.dtype) for name in ("student", "teacher"))
     size = student_bank.shape[0]
     candidates = jnp.concatenate([index[:, None], negatives.astype(index.dtype)], axis=1)
 

@@ -49,8 +49,7 @@ def dist(
     """``T² (beta (1 - r(q_b, p_b)) + gamma (1 - mean_c r(q_:c, p_:c)))``, r Pearson's correlation of rows and of columns.
 
     Args:
-        student_logits: ``[batch, classes]``.
-        teacher_logits: ``[batch, classes]``.
+        student_logits, teacher_logits: ``[batch, classes]``.
         beta: weight of the rows (inter-class). The paper uses 1.
         gamma: weight of the columns (intra-class), one number for the batch that every example repeats. The paper uses 1.
         temperature: T. 4 on CIFAR, 1 on ImageNet.
@@ -84,8 +83,7 @@ def class_correlation(
     """``1 / C |Q^T Q - P^T P|²`` (Frobenius), Q and P the ``[batch, classes]`` probabilities; the same for every example.
 
     Args:
-        student_logits: ``[batch, classes]``.
-        teacher_logits: ``[batch, classes]``.
+        student_logits, teacher_logits: ``[batch, classes]``.
         temperature: T. The paper adds the values at 2, 3, 4, 5 and 6. The value has no factor T².
         where: ``[batch]``, which examples count.
 
@@ -126,8 +124,7 @@ def batch_correlation(
     """``sum_b' (q_b . q_b' - p_b . p_b')²``, how alike the student finds two examples against how alike the teacher does.
 
     Args:
-        student_logits: ``[batch, classes]``.
-        teacher_logits: ``[batch, classes]``.
+        student_logits, teacher_logits: ``[batch, classes]``.
         temperature: T. The paper adds the values at 2, 3, 4, 5 and 6. The value has no factor T².
         where: ``[batch]``, which examples are compared with.
 

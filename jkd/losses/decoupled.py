@@ -1,4 +1,7 @@
-"""Losses that treat the label's class apart from the others, or the classes as independent yes/no questions."""
+"""Losses that treat the label's class apart from the others, or the classes as independent yes/no questions.
+
+A class that one side masks with -inf (a padded vocabulary) contributes nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,12 @@ from jkd.losses._common import (
     masked_mean,
     per_class,
     promote,
+    real_classes,
     softplus,
     tempered,
 )
 from jkd.losses._typing import Array, Bool, Float, Int, PerPosition, Real, Scalar
+from jkd.losses.divergences import cross_entropy
 
 
 def _checked(student_logits, teacher_logits, labels, *, teacher="teacher_logits"):
@@ -185,18 +190,18 @@ def uskd(
     confidence = jax.lax.stop_gradient(jnp.exp(2 * label_q))
     target = confidence + 1 - masked_mean(confidence, where)
 
-    label = is_label(labels, student.shape[-1])
     w = jnp.exp(log_w)
     order = w / (1 - at_label(w, labels)[..., None] + 1e-6) + log_q / (1 - label_q[..., None] + 1e-6)
-    # The rank of each class is the inverse of the sorting permutation. The label keeps its place in it but has no share.
+    # The rank of each class is the inverse of the sorting permutation. The label keeps its place in it but has no share; classes
+    # at -inf come last and have none either.
     order = jax.lax.stop_gradient(order)
     rank = jnp.argsort(jnp.argsort(-order, axis=-1, stable=True), axis=-1, stable=True) + 1
-    share = jnp.where(label, 0, 1 / rank.astype(student.dtype))
-    share /= jnp.sum(share, axis=-1, keepdims=True)
     _, _, others_q = _apart(student, labels, 1.0)
+    share = jnp.where(others_q > -jnp.inf, 1 / rank.astype(student.dtype), 0)
+    total = jnp.sum(share, axis=-1, keepdims=True)
+    share /= jnp.where(total > 0, total, 1)
 
-    smoothed = jnp.where(label, 0.9, 0) + 0.1 / student.shape[-1]
-    own = cross_entropy_of(smoothed.astype(student.dtype), log_w)
+    own = cross_entropy(weak, labels, label_smoothing=0.1)
     return -alpha * target * label_q + beta * cross_entropy_of(share, others_q) + mu * own
 
 
@@ -210,8 +215,7 @@ def wsld(
     """``- T² w sum_c p_c log q_c``, w = 1 - exp(- CE_s / CE_t): less distillation where the student beats the teacher.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         labels: int ``[...]``; the cross-entropies CE_s and CE_t with them are taken at T = 1, and w receives no gradient.
         temperature: T. 4 on CIFAR (with coef 2.25), 2 on ImageNet (with coef 2.5).
 
@@ -245,8 +249,7 @@ def binary_kl(
     """``T² sum_c KL(sigmoid(z_t,c / T) || sigmoid(z_s,c / T))``: every class is a yes/no question of its own.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         temperature: T. The paper uses 2.
 
     Returns:
@@ -264,7 +267,7 @@ def binary_kl(
         0.3278
     """
     check_classes(student_logits, teacher_logits)
-    student, teacher = promote(student_logits, teacher_logits)
+    student, teacher = real_classes(*promote(student_logits, teacher_logits))
     student, teacher = student / per_class(temperature), teacher / per_class(temperature)
     # With log sigmoid(z) = z - softplus(z) and log sigmoid(-z) = - softplus(z), both halves of each KL together.
     terms = jax.nn.sigmoid(teacher) * (teacher - student) - (softplus(teacher) - softplus(student))
@@ -296,7 +299,7 @@ def binary_kl_norm(
         0.4338
     """
     check_classes(student_logits, teacher_logits)
-    student, teacher = promote(student_logits, teacher_logits)
+    student, teacher = real_classes(*promote(student_logits, teacher_logits))
     difference = (student - teacher) / per_class(temperature)
     # softplus(u) - u / 2 - log 2 = log cosh(u / 2): one transcendental function, and smooth at 0 (as |u| is not).
     terms = softplus(difference) - difference / 2 - math.log(2)

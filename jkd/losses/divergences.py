@@ -24,6 +24,7 @@ from jkd.losses._common import (
     kl_to_mixture,
     log_ratio,
     log_softmax,
+    masked_mean,
     promote,
     softmax,
     tempered,
@@ -43,7 +44,7 @@ def cross_entropy(
         student_logits: ``[..., classes]``.
         labels: int ``[...]``, or a distribution ``[..., classes]`` (what mixup gives). An integer out of range is not an error
             under jit: it reads the nearest class.
-        label_smoothing: eps. 0 is no smoothing; 0.1 is Szegedy et al.
+        label_smoothing: eps. 0 is no smoothing; 0.1 is Szegedy et al. C counts the classes that are not at -inf.
 
     Returns:
         ``[...]`` in nats.
@@ -71,7 +72,8 @@ def cross_entropy(
     value = cross_entropy_of(target, log_q) if soft else -at_label(log_q, labels)
     if isinstance(label_smoothing, (int, float)) and label_smoothing == 0:
         return value
-    uniform = -jnp.mean(jnp.where(log_q > -jnp.inf, log_q, 0), axis=-1)
+    real = log_q > -jnp.inf
+    uniform = -masked_mean(log_q, real, axis=-1)
     return (1 - label_smoothing) * value + label_smoothing * uniform
 
 
@@ -99,8 +101,7 @@ def soft_cross_entropy(
     """``- T² sum_c p_c log q_c``: `forward_kl` plus the teacher's entropy, so the same gradient for the student.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         temperature: T.
 
     Returns:
@@ -130,8 +131,7 @@ def forward_kl(
     """``T² sum_c p_c (log p_c - log q_c)``, KL(teacher || student): covers every mode of the teacher.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         temperature: T. Hinton et al. use 1 to 20; 4 is usual on CIFAR, 1 on ImageNet.
 
     Returns:
@@ -163,8 +163,7 @@ def reverse_kl(
     """``T² sum_c q_c (log q_c - log p_c)``, KL(student || teacher): stays on the modes that the student can hold.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         temperature: T.
 
     Returns:
@@ -195,8 +194,7 @@ def jeffreys(
     """``T² / 2 sum_c (p_c - q_c)(log p_c - log q_c)``, the mean of forward and reverse KL.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         temperature: T.
 
     Returns:
@@ -227,8 +225,7 @@ def js(
     """``T² (beta KL(p || m) + (1 - beta) KL(q || m))``, m = beta p + (1 - beta) q: at most log 2 for beta = 1/2.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         beta: 0 gives `forward_kl` and 1 gives `reverse_kl`, as in TRL (the formula itself goes to 0 at both ends). GKD and TRL
             use 0.5, DistiLLM's ``js_distance`` with its lam = 0.9 is beta = 0.1.
         temperature: T.
@@ -267,8 +264,7 @@ def skew_forward_kl(
     """``T² KL(p || lam p + (1 - lam) q)``, at most T² log(1 / lam).
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         lam: share of the teacher in the mixture; 0 is `forward_kl`. DistiLLM uses 0.1.
         temperature: T.
 
@@ -301,8 +297,7 @@ def skew_reverse_kl(
     """``T² KL(q || (1 - lam) p + lam q)``, at most T² log(1 / lam); the gradient also passes through q in the mixture.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         lam: share of the student in the mixture; 0 is `reverse_kl`. DistiLLM uses 0.1.
         temperature: T.
 
@@ -333,8 +328,7 @@ def total_variation(
     """``1/2 sum_c |p_c - q_c|``, between 0 and 1.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         temperature: T. No T² here: the value is a distance between probabilities, not a divergence with a 1/T² gradient.
 
     Returns:

@@ -1,6 +1,7 @@
 """Losses between two logit vectors that are no plain divergence of their softmaxes, one value for each position.
 
-p is the teacher's softmax and q the student's; see `jkd.losses.divergences`.
+p is the teacher's softmax and q the student's; see `jkd.losses.divergences`. A class that one side masks with -inf contributes
+nothing, except to `logit_mse`, where -inf has no meaning.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ def alpha_beta(
     """``T² sum_c [p^(a+b) / (b (a+b)) + q^(a+b) / (a (a+b)) - p^a q^b / (a b)]``, with its limits at a, b or a+b = 0.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         alpha: a. (1, 0) is `forward_kl`, (0, 1) is `reverse_kl`, (1/2, 1/2) is 2 sum (sqrt p - sqrt q)², (1, 1) is half the
             squared distance. A Python number, because it chooses the formula; the limits are taken at exactly 0, and within
             1e-3 of 0 the plain formula loses float32 digits.
@@ -77,8 +77,7 @@ def adaptive_kl(
     """``T² (g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t)``, g the gap sum |p - q| over the teacher's head and tail.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
         mu: the head is the most probable class and those whose cumulative probability stays within mu. The paper uses 0.5.
         temperature: T.
 
@@ -116,8 +115,7 @@ def logit_mse(
     """``1 / C sum_c (z_s,c - z_t,c)²``: for zero-mean logits twice the limit of `forward_kl` as T grows.
 
     Args:
-        student_logits: ``[..., classes]``.
-        teacher_logits: ``[..., classes]``.
+        student_logits, teacher_logits: ``[..., classes]``.
 
     Returns:
         ``[...]``, squared logits.
@@ -146,8 +144,8 @@ def _over_classes(step, start, *arrays):
 
 
 @jax.custom_jvp
-def _ranking(student, teacher):
-    """Mean of softplus(s_j - s_i) over the pairs with t_i > t_j, in memory of the order of the inputs.
+def _ranking(student, low, high):
+    """Mean of softplus(s_j - s_i) over the pairs with low_i > high_j, in memory of the order of the inputs.
 
     Automatic differentiation would store all pairs, so the gradient (again a sum over pairs) is given in closed form.
     """
@@ -155,28 +153,28 @@ def _ranking(student, teacher):
     def step(carry, row):
         total, count = carry
         s, t = row
-        above = t > teacher
+        above = t > high
         total += jnp.sum(jnp.where(above, softplus(student - s), 0), axis=-1)
         return (total, count + jnp.sum(above, axis=-1).astype(total.dtype)), None
 
     zero = jnp.sum(student * 0, axis=-1)  # zeros that are split over devices as the logits are
-    (total, count), _ = _over_classes(step, (zero, zero), student, teacher)
+    (total, count), _ = _over_classes(step, (zero, zero), student, low)
     return total / jnp.maximum(count, 1)
 
 
 @_ranking.defjvp
 def _ranking_jvp(primals, tangents):
-    student, teacher = primals
+    student, low, high = primals
 
     def step(count, row):
-        s, t = row
-        above, below = t > teacher, t < teacher
+        s, t_low, t_high = row
+        above, below = t_low > high, t_high < low
         slope = jnp.where(below, jax.nn.sigmoid(s - student), 0) - jnp.where(above, jax.nn.sigmoid(student - s), 0)
         return count + jnp.sum(above, axis=-1).astype(count.dtype), jnp.sum(slope, axis=-1)
 
-    count, gradient = _over_classes(step, jnp.sum(student * 0, axis=-1), student, teacher)
+    count, gradient = _over_classes(step, jnp.sum(student * 0, axis=-1), student, low, high)
     gradient = jnp.moveaxis(gradient, 0, -1) / jnp.maximum(count, 1)[..., None]
-    return _ranking(student, teacher), jnp.sum(gradient * tangents[0], axis=-1)
+    return _ranking(*primals), jnp.sum(gradient * tangents[0], axis=-1)
 
 
 def logistic_ranking(
@@ -205,4 +203,7 @@ def logistic_ranking(
     """
     check_classes(student_logits, teacher_logits)
     student, teacher = promote(student_logits, teacher_logits)
-    return _ranking(student, teacher)
+    # A class that either side masks with -inf is above none, and none is above it.
+    real = (student > -jnp.inf) & (teacher > -jnp.inf)
+    low, high = (jnp.where(real, teacher, aside) for aside in (-jnp.inf, jnp.inf))
+    return _ranking(jnp.where(real, student, 0), low, high)

@@ -44,7 +44,7 @@ def attention_transfer(
 
     Source:
         [AT] Zagoruyko, Komodakis, "Paying More Attention to Attention: Improving the Performance of Convolutional Neural
-        Networks via Attention Transfer", ICLR 2017, arXiv:1612.03928, the activation-based attention transfer.
+        Networks via Attention Transfer", ICLR 2017, arXiv:1612.03928, the activation-based attention transfer, equation 2.
 
     Code versus paper:
         The paper takes the norm of a - b, summed over positions; the authors' code and mdistiller the mean of its squares, as

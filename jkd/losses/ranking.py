@@ -1,9 +1,9 @@
-"""Losses that carry a teacher's ranking over: of classes (PLD), of documents for a query, of labels among very many."""
+"""Losses that carry a teacher's ranking over: of classes (PLD), of documents for a query, of labels among very many.
+
+A class, candidate or label whose score is -inf is not there.
+"""
 
 from __future__ import annotations
-
-import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jkd.losses._common import (
     log_softmax,
     masked_logsumexp,
     promote,
+    softplus,
 )
 from jkd.losses._typing import Array, Bool, Float, Int, PerPosition, Real, Scalar
 
@@ -64,8 +65,10 @@ def pld(
     log_p = log_softmax(teacher, teacher_temperature)
     key = jnp.where(is_label(labels, teacher.shape[-1]), -jnp.inf, -teacher)
     _, student, log_p = jax.lax.sort([key, student, jnp.asarray(log_p)], dimension=-1, num_keys=1, is_stable=True)
-    remaining = jax.lax.cumlogsumexp(student, axis=student.ndim - 1, reverse=True)
-    return jnp.sum(jnp.exp(log_p) * (remaining - student), axis=-1)
+    # The gradient of a cumulative sum that holds nothing but -inf is undefined; the lowest float adds as little.
+    low = jnp.maximum(student, jnp.finfo(student.dtype).min)
+    remaining = jax.lax.cumlogsumexp(low, axis=student.ndim - 1, reverse=True)
+    return jnp.sum(jnp.exp(log_p) * jnp.where(student > -jnp.inf, remaining - low, 0), axis=-1)
 
 
 def margin_mse(
@@ -134,8 +137,8 @@ def listwise_kl(
         UniME-V2 averages this and the same with the arguments swapped (`jeffreys`), with 1e-8 inside the logarithms.
 
     Example:
-        >>> listwise_kl(jnp.array([0.9, 0.1]), jnp.array([0.9, 0.1]), temperature=0.1).item()
-        0.0
+        >>> print(f"{listwise_kl(jnp.array([0.9, 0.1]), jnp.array([0.1, 0.9]), temperature=1.0):.4f}")
+        0.3040
     """
     names = {"student": "student_scores", "teacher": "teacher_scores"}
     check_classes(student_scores, teacher_scores, axis="candidates", **names)
@@ -145,11 +148,11 @@ def listwise_kl(
         return kl(log_softmax(teacher), log_softmax(student))
     check_where(where, np.shape(student_scores), meaning="[..., candidates]")
     keep = jnp.asarray(where) != 0
-    some = jnp.any(keep, axis=-1, keepdims=True)
 
     def log_probabilities(scores):
-        total = jnp.where(some, masked_logsumexp(scores, keep)[..., None], 0)
-        return jnp.where(keep, scores - total, -jnp.inf)
+        total = masked_logsumexp(scores, keep)[..., None]
+        some = total > -jnp.inf
+        return jnp.where(keep & some, scores - jnp.where(some, total, 0), -jnp.inf)
 
     return kl(log_probabilities(teacher), log_probabilities(student))
 
@@ -158,7 +161,7 @@ def _checked_positives(student_scores, positives):
     check_rank(1, "[..., labels]", student_scores=student_scores)
     check_where(positives, np.shape(student_scores), name="positives", meaning="[..., labels]")
     (scores,) = promote(student_scores)
-    keep = jnp.asarray(positives) != 0
+    keep = (jnp.asarray(positives) != 0) & (scores > -jnp.inf)
     count = jnp.sum(keep, axis=-1).astype(scores.dtype)
     return scores, keep, jnp.maximum(count, 1)
 
@@ -194,16 +197,16 @@ def decoupled_softmax(
     scores = scores / temperature
     negatives = masked_logsumexp(scores, ~keep)[..., None]
     some = negatives > -jnp.inf
-    terms = jnp.where(keep & some, jax.nn.softplus(jnp.where(some, negatives, 0) - scores), 0)
+    terms = jnp.where(keep & some, softplus(jnp.where(some, negatives, 0) - scores), 0)
     return jnp.sum(terms, axis=-1) / count
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _threshold(scores: jax.Array, k: float) -> jax.Array:
     """t with ``sum_c sigmoid(scores_c + t) = k``, by bisection between the two values that equal scores would give."""
-    classes = scores.shape[-1]
-    equal = math.log(k / (classes - k))
-    low, high = equal - jnp.max(scores, axis=-1), equal - jnp.min(scores, axis=-1)
+    real = scores > -jnp.inf
+    others = jnp.maximum(jnp.sum(real, axis=-1).astype(scores.dtype) - k, 1e-3)  # no t selects k of k: the bounds stay finite
+    equal = jnp.log(k / others)
+    bounds = equal - jnp.max(scores, axis=-1), equal - jnp.min(jnp.where(real, scores, jnp.inf), axis=-1)
 
     def halve(_, bounds):
         low, high = bounds
@@ -212,20 +215,8 @@ def _threshold(scores: jax.Array, k: float) -> jax.Array:
         return jnp.where(short, middle, low), jnp.where(short, high, middle)
 
     # One halving for each bit of the answer.
-    low, high = jax.lax.fori_loop(0, jnp.finfo(scores.dtype).nmant + 8, halve, (low, high))
+    low, high = jax.lax.fori_loop(0, jnp.finfo(scores.dtype).nmant + 8, halve, bounds)
     return (low + high) / 2
-
-
-@_threshold.defjvp
-def _threshold_jvp(k, primals, tangents):
-    (scores,), (moved,) = primals, tangents
-    threshold = _threshold(scores, k)
-    # Implicit differentiation of the constraint: sum_c v_c (ds_c + dt) = 0 with v the sigmoid's slope.
-    sigmoid = jax.nn.sigmoid(scores + threshold[..., None])
-    slope = sigmoid * (1 - sigmoid)
-    total = jnp.sum(slope, axis=-1, keepdims=True)
-    share = jnp.where(total > 0, slope / jnp.where(total > 0, total, 1), 0)
-    return threshold, -jnp.sum(share * moved, axis=-1)
 
 
 def soft_top_k(
@@ -262,5 +253,11 @@ def soft_top_k(
             f"k must lie between 0 and the number of labels, got {k} for student_scores {describe(student_scores)}"
         )
     scores = scores * (alpha / temperature)
-    chosen = jax.nn.log_sigmoid(scores + _threshold(scores, float(k))[..., None])
-    return -jnp.sum(jnp.where(keep, chosen, 0), axis=-1) / count
+    fixed = jax.lax.stop_gradient(scores)
+    t = _threshold(fixed, float(k))[..., None]
+    # A step of Newton's method from the solution: it moves nothing, and its gradient is that of the constraint.
+    slope = jax.nn.sigmoid(fixed + t) * jax.nn.sigmoid(-fixed - t)
+    total = jnp.sum(slope, axis=-1, keepdims=True)
+    moved = jnp.sum(slope * jnp.where(fixed > -jnp.inf, scores - fixed, 0), axis=-1, keepdims=True)
+    chosen = scores + t - moved / jnp.where(total > 0, total, 1)
+    return jnp.sum(jnp.where(keep, softplus(-chosen), 0), axis=-1) / count  # - log sigmoid x = softplus(-x)

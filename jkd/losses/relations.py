@@ -62,8 +62,7 @@ def pkt(
     """``mean_j p_ij log((p_ij + eps) / (q_ij + eps))``, q_i the student's (1 + cos(s_i, s_j)) / 2 with sum 1 over j.
 
     Args:
-        student_embeddings: ``[batch, ...]``.
-        teacher_embeddings: ``[batch, ...]``.
+        student_embeddings, teacher_embeddings: ``[batch, ...]``.
         eps: added to lengths and inside the logarithm, as in the code.
         where: ``[batch]``, True = counted.
 
@@ -196,8 +195,7 @@ def linear_cka_distance(
     """``1 - |sᵀt|² / (|sᵀs| |tᵀt|)`` of embeddings whose mean over the batch is taken off; Frobenius norms.
 
     Args:
-        student_embeddings: ``[batch, ...]``.
-        teacher_embeddings: ``[batch, ...]``.
+        student_embeddings, teacher_embeddings: ``[batch, ...]``.
         where: ``[batch]``, True = counted.
 
     Returns:

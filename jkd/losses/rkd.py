@@ -30,15 +30,15 @@ def rkd_distance(
     """``mean_j huber(|s_i - s_j| / m_s - |t_i - t_j| / m_t)``, m the mean distance between two examples.
 
     Args:
-        student_embeddings: ``[batch, ...]``.
-        teacher_embeddings: ``[batch, ...]``.
+        student_embeddings, teacher_embeddings: ``[batch, ...]``.
         where: ``[batch]``, True = counted.
 
     Returns:
         ``[batch]``, one value for each anchor i.
 
     Source:
-        [RKD-D] Park et al., "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, the distance-wise loss.
+        [RKD-D] Park et al., "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, the distance-wise loss,
+        equations 5 to 8.
 
     Code versus paper:
         As the code: the mean is over all B² pairs (i = j gives 0) with weight 25, beside 50 for `rkd_angle`, and squared distances
@@ -81,15 +81,15 @@ def rkd_angle(
     The B³ angles are walked a few anchors at a time and walked again for the gradient, so memory is of order B² (and B x dim).
 
     Args:
-        student_embeddings: ``[batch, ...]``.
-        teacher_embeddings: ``[batch, ...]``.
+        student_embeddings, teacher_embeddings: ``[batch, ...]``.
         where: ``[batch]``, True = counted.
 
     Returns:
         ``[batch]``, one value for each anchor i.
 
     Source:
-        [RKD-A] Park et al., "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, the angle-wise loss.
+        [RKD-A] Park et al., "Relational Knowledge Distillation", CVPR 2019, arXiv:1904.05068, the angle-wise loss of the
+        cosines of equation 9.
 
     Code versus paper:
         As the code: the mean is over all B³ triples (0 where two of them agree), with weight 50. The teacher is detached.
