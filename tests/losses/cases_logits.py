@@ -23,7 +23,7 @@ def divergence(name, formula, **more):
         "inputs": logit_pair,
         "twins": TWIN_LOGITS,
         "invariances": SHIFTS | {"permute_classes": permute_classes},
-        "masked_class": True,
+        "masked_class": "dropped",
         "bad": BAD_LOGITS,
     }
     return Case(name=name, formula=formula, **(settings | more))
@@ -34,6 +34,7 @@ def decoupled(name, formula, **more):
         "inputs": logits_and_labels,
         "twins": TWIN_LOGITS,
         "invariances": SHIFTS | {"permute_classes": permute_classes},
+        "masked_class": "dropped",
         "bad": BAD_LABELS,
     }
     return Case(name=name, formula=formula, **(settings | more))
@@ -58,7 +59,7 @@ DIVERGENCES = [
         inputs=student_and_labels,
         formula=f.cross_entropy,
         invariances=STUDENT_SHIFT | {"permute_classes": permute_classes},
-        masked_class=True,
+        masked_class="dropped",
         bad=BAD_CROSS_ENTROPY,
     ),
     Case(
@@ -67,6 +68,7 @@ DIVERGENCES = [
         formula=f.cross_entropy,
         hyper={"label_smoothing": 0.1},
         invariances=STUDENT_SHIFT,
+        masked_class="dropped",
     ),
     Case(
         name="cross_entropy/distribution",
@@ -74,6 +76,7 @@ DIVERGENCES = [
         formula=f.cross_entropy,
         hyper={"label_smoothing": 0.1},
         invariances=STUDENT_SHIFT,
+        masked_class="dropped",
         plain_extremes=False,
     ),
     divergence("soft_cross_entropy", f.soft_cross_entropy, hyper={"temperature": 2.0}, twins=None),
@@ -98,8 +101,8 @@ DIVERGENCES = [
     divergence("alpha_beta/sum=0", f.alpha_beta, hyper={"alpha": 0.5, "beta": -0.5}, plain_extremes=False),
     divergence("alpha_beta/0,0", f.alpha_beta, hyper={"alpha": 0, "beta": 0}),
     divergence("adaptive_kl", f.adaptive_kl, hyper={"mu": 0.5, "temperature": 2.0}, smooth=False),
-    divergence("logistic_ranking", f.logistic_ranking, twins=None, masked_class=False),
-    divergence("logit_mse", f.logit_mse, invariances={"permute_classes": permute_classes}, masked_class=False),
+    divergence("logistic_ranking", f.logistic_ranking, twins=None),
+    divergence("logit_mse", f.logit_mse, invariances={"permute_classes": permute_classes}, masked_class=""),
 ]
 
 
@@ -166,9 +169,9 @@ def certain_elsewhere(rng, inputs):
 
 
 DECOUPLED = [
-    decoupled("dkd", f.dkd, hyper=dict(alpha=0.7, beta=8.0, temperature=4.0), masked_class=True),
+    decoupled("dkd", f.dkd, hyper=dict(alpha=0.7, beta=8.0, temperature=4.0)),
     decoupled("dkd/T=1", f.dkd, hyper=dict(alpha=1.0, beta=0.5, temperature=1.0)),
-    decoupled("nkd", f.nkd, hyper=dict(gamma=1.5, temperature=3.0), twins=None, masked_class=True),
+    decoupled("nkd", f.nkd, hyper=dict(gamma=1.5, temperature=3.0), twins=None),
     Case(
         name="uskd",
         inputs=lambda *a: {dict(teacher_logits="weak_logits").get(n, n): v for n, v in logits_and_labels(*a).items()},
@@ -179,6 +182,7 @@ DECOUPLED = [
         gradient=("student_logits", "weak_logits"),
         smooth=False,
         where=("where", 0),
+        masked_class="dropped",
         invariances=STUDENT_SHIFT,
         bad=dict(
             label_dtype=BAD_LABELS["label_dtype"],
@@ -201,14 +205,12 @@ DECOUPLED = [
         f.binary_kl,
         hyper=dict(temperature=2.0),
         invariances=dict(permute_classes=permute_classes),
-        masked_class=False,
     ),
     divergence(
         "binary_kl_norm",
         f.binary_kl_norm,
         hyper=dict(temperature=2.0),
         invariances=dict(permute_classes=permute_classes),
-        masked_class=False,
     ),
 ]
 
@@ -220,6 +222,7 @@ def correlation(name, formula, **more):
         couples=True,
         twins=TWIN_LOGITS,
         where=("where", 0),
+        masked_class="finite",  # correlations are taken over all classes, also those of probability 0
         invariances=SHIFTS | dict(permute_classes=permute_classes),
         bad=dict(
             classes=BAD_LOGITS["classes"],
@@ -275,6 +278,7 @@ RANKING = [
         formula=f.listwise_kl,
         hyper=dict(temperature=0.1),
         twins=dict(student_scores="teacher_scores"),
+        masked_class="dropped",
         invariances=dict(shift=shift_scores),
         bad=dict(
             candidates=(
@@ -290,6 +294,7 @@ RANKING = [
         keywords=("where",),
         formula=f.listwise_kl,
         hyper=dict(temperature=0.1, teacher_temperature=0.2),
+        masked_class="dropped",
         extremes=dict(nothing_counted=lambda rng, inputs: inputs | dict(where=np.zeros_like(inputs["where"]))),
         bad=dict(
             where=(
@@ -303,6 +308,7 @@ RANKING = [
         name="decoupled_softmax",
         inputs=scores_and_positives,
         formula=f.decoupled_softmax,
+        masked_class="dropped",
         hyper=dict(temperature=0.2),
         invariances=dict(shift=shift_scores),
         extremes=dict(
@@ -315,6 +321,7 @@ RANKING = [
         name="soft_top_k",
         inputs=scores_and_positives,
         formula=f.soft_top_k,
+        masked_class="dropped",
         hyper=dict(k=1, alpha=2.0, temperature=0.2),
         invariances=dict(shift=shift_scores),
         extremes=dict(no_positive=lambda rng, inputs: inputs | dict(positives=np.zeros_like(inputs["positives"]))),
@@ -351,6 +358,7 @@ BAD_IDS = dict(
 def sparse(name, formula, **more):
     settings = dict(
         inputs=sparse_teacher,
+        masked_class="finite",
         invariances=STUDENT_SHIFT,
         extremes=dict(certain=certain_elsewhere),
         bad=BAD_IDS,
@@ -372,7 +380,6 @@ SPARSE = [
         inputs=two_vocabularies,
         hyper=dict(temperature=2.0),
         twins=None,
-        masked_class=True,
         invariances=SHIFTS | dict(permute_each_vocabulary=permute_each_vocabulary),
         extremes=dict(identical=lambda rng, inputs: inputs | dict(student_logits=inputs["teacher_logits"])),
         bad=dict(

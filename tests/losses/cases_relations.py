@@ -107,7 +107,7 @@ def relation(name, formula, **more):
 
 def twins(name, formula, **more):
     """The same loss on maps of equal size, where student == teacher is possible."""
-    return relation(name + "/maps", formula, **({"inputs": maps, "twins": TWINS, "bad": {}} | more))
+    return relation(name + "/maps", formula, **({"inputs": maps, "twins": TWINS, "where": None, "bad": {}} | more))
 
 
 RELATIONS = [
@@ -380,6 +380,7 @@ CONTRASTIVE = [
         name="soft_contrastive",
         inputs=similarities,
         formula=f.soft_contrastive,
+        masked_class="dropped",
         leading=((5,), (), (2, 3)),
         invariances={"shift": shift_similarities},
         bad={

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,8 +32,8 @@ class Case:
         keywords: names of inputs that are passed by keyword.
         output: picks the value out of what the function returns.
         size: the usual ``size``.
-        leading: leading shapes that are tried; the first that is not ``()`` serves the other checks.
-        rows: the leading shape of the checks with 8 devices; its first axis divides by 8.
+        leading: leading shapes that the formula is tried at; the first that is not ``()`` serves the checks of bad input.
+        rows: the leading shape of all other checks, so that they share a program; its first axis divides by 8 devices.
         shared: inputs without the leading axes.
         couples: one row's value depends on other rows.
         ordered: the order of rows matters.
@@ -48,7 +48,8 @@ class Case:
         invariances: ``{meaning: change(rng, inputs) -> inputs}``, changes that keep the value.
         extremes: ``{meaning: change(rng, inputs) -> inputs}`` beyond the common ones; value and gradient stay finite.
         plain_extremes: False leaves out the common ones (inputs that are no logits or features).
-        masked_class: a class at -inf on both sides equals a class that is not there.
+        masked_class: what -inf logits or scores mean. "dropped": -inf on both sides is a class that is not there; "finite": no
+            more than that value and gradient stay finite; "": nothing.
         where: ``(argument, axis)``: masking along that axis equals dropping those rows.
         bad: ``{meaning: (change(inputs) -> inputs, exception, pattern)}``.
     """
@@ -74,7 +75,7 @@ class Case:
     invariances: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     extremes: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     plain_extremes: bool = True
-    masked_class: bool = False
+    masked_class: Literal["", "finite", "dropped"] = ""
     where: tuple[str, int] | None = None
     bad: Mapping[str, tuple[Callable, type[Exception], str]] = dataclasses.field(default_factory=dict)
 
@@ -101,7 +102,7 @@ class Case:
         return np.random.default_rng(zlib.crc32(self.name.encode()) + salt)
 
     def draw(self, leading: tuple[int, ...] | None = None, *, size: int | None = None, salt: int = 0) -> Inputs:
-        return self.inputs(self.rng(salt), self.usual if leading is None else leading, self.size if size is None else size)
+        return self.inputs(self.rng(salt), self.rows if leading is None else leading, self.size if size is None else size)
 
     def call(self, inputs: Mapping[str, Any], **more: Any) -> Any:
         """The loss, as a user calls it."""
@@ -124,6 +125,37 @@ def cast(inputs: Inputs, dtype: Any) -> Inputs:
 
 def changed(inputs: Inputs, **changes: Callable[[np.ndarray], np.ndarray]) -> Inputs:
     return {name: changes[name](value) if name in changes else value for name, value in inputs.items()}
+
+
+SIDES = ("student", "teacher", "weak")
+SCORES = ("logits", "scores", "similarities")
+
+
+def with_masked(inputs: Inputs, classes: list[int], sides: tuple[str, ...] = SIDES) -> Inputs:
+    """Those sides' logits (or scores) of some classes at -inf; labels name a class that stays."""
+    kept = np.setdiff1d(np.arange(min(v.shape[-1] for n, v in inputs.items() if n.endswith(SCORES))), classes)
+    masked = dict(inputs)
+    for name, value in inputs.items():
+        if name.endswith(SCORES) and name.startswith(sides):
+            masked[name] = value.copy()
+            masked[name][..., classes] = -np.inf
+        elif name == "labels" and not is_float(value):
+            masked[name] = kept[value % len(kept)].astype(value.dtype)
+    return masked
+
+
+def without(inputs: Inputs, classes: list[int]) -> Inputs:
+    """The same, with those classes left out of every array that has a class axis."""
+    first, *_ = inputs.values()
+    kept = np.setdiff1d(np.arange(first.shape[-1]), classes)
+    return {
+        name: np.delete(value, classes, -1)
+        if value.ndim == first.ndim
+        else np.searchsorted(kept, value)
+        if name == "labels"
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def common_extremes(case: Case) -> dict[str, Callable[[np.random.Generator, Inputs], Inputs]]:
@@ -149,6 +181,10 @@ def common_extremes(case: Case) -> dict[str, Callable[[np.random.Generator, Inpu
             "student_logits": 1e4 * np.eye(teacher.shape[-1])[np.ones(teacher.shape[:-1], int)],
         }
 
+    def masked(rng, inputs):
+        """Padded classes beside the largest logits."""
+        return with_masked(large(rng, inputs), [0, case.size - 1])
+
     found: dict[str, Callable] = {}
     if case.plain_extremes:
         found |= {"large": large, "zero": zero, "constant": constant}
@@ -156,6 +192,8 @@ def common_extremes(case: Case) -> dict[str, Callable[[np.random.Generator, Inpu
             found["one_hot"] = one_hot
         if case.twins:
             found["identical"] = identical
+        if case.masked_class:
+            found["masked"] = masked
     return found | dict(case.extremes)
 
 

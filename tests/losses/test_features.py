@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import Compiled, grad
 
-from jkd import losses
+import jkd.losses
+
+losses = Compiled(jkd.losses)
 
 
 def normal(*shape, seed=0):
@@ -109,36 +112,35 @@ def masked(name):
 
 
 @pytest.mark.parametrize("name", POSITIONS + EXAMPLES)
-def test_what_is_masked_may_be_nan(name):
+def test_masks(name):
+    """What is masked may be nan; nothing kept is finite and without gradient; a mask of ones changes nothing."""
     student, teacher, keep = masked(name)
-    function = jax.value_and_grad(lambda s, t, where: jnp.sum(getattr(losses, name)(s, t, where=where)))
+    function = getattr(losses, name)
+
+    @jax.jit
+    def run(student, teacher, where):
+        def total(student):
+            value = function(student, teacher, where=where)
+            return jnp.sum(value), value
+
+        (_, value), gradient = jax.value_and_grad(total, has_aux=True)(student)
+        return value, gradient
+
     spoiled = [jnp.where(keep[..., None], x, jnp.nan) for x in (student, teacher)]
-    expected, expected_gradient = function(student, teacher, keep)
-    value, gradient = function(*spoiled, keep)
+    expected, expected_gradient = run(student, teacher, keep)
+    value, gradient = run(*spoiled, keep)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
     assert not np.any(np.asarray(gradient)[~np.asarray(keep)])
 
-
-@pytest.mark.parametrize("name", POSITIONS + EXAMPLES)
-def test_nothing_kept_is_finite_and_without_gradient(name):
-    student, teacher, keep = masked(name)
-    function = getattr(losses, name)
-    value = function(student, teacher, where=jnp.zeros_like(keep))
-    gradient = jax.grad(lambda s: jnp.sum(function(s, teacher, where=jnp.zeros_like(keep))))(student)
+    value, gradient = run(student, teacher, jnp.zeros_like(keep))
     assert np.all(np.isfinite(value))
     assert not np.any(gradient)
     if name not in ("linear_cka_distance", "dist"):  # two sides without a direction are at distance 1
         assert not np.any(value)
 
-
-@pytest.mark.parametrize("name", POSITIONS + EXAMPLES)
-def test_mask_of_ones_changes_nothing(name):
-    student, teacher, keep = masked(name)
-    function = getattr(losses, name)
-    np.testing.assert_allclose(
-        function(student, teacher, where=jnp.ones_like(keep)), function(student, teacher), rtol=1e-5, atol=1e-7
-    )
+    value, _ = run(student, teacher, jnp.ones_like(keep))
+    np.testing.assert_allclose(value, function(student, teacher), rtol=1e-5, atol=1e-7)
 
 
 def attention_inputs(name):
@@ -162,11 +164,15 @@ def test_padding_changes_no_example(name):
             return x[:length]
         return x[:, :length] if name == "value_relation_kl" else x[:, :length, :length]
 
-    def total(student):
-        value = function(student, teacher, mask=mask, **more)
-        return jnp.sum(value), value
+    @jax.jit
+    def run(student):
+        def total(student):
+            value = function(student, teacher, mask=mask, **more)
+            return jnp.sum(value), value
 
-    (_, value), gradient = jax.value_and_grad(total, has_aux=True)(student)
+        return jax.value_and_grad(total, has_aux=True)(student)
+
+    (_, value), gradient = run(student)
     for i, length in enumerate(lengths[:2]):
         np.testing.assert_allclose(value[i], function(cut(student[i], length), cut(teacher[i], length), **more), rtol=1e-5)
     assert value[2] == 0
@@ -223,7 +229,6 @@ def test_first_batch_sets_the_scale_once_and_passes_no_gradient():
     again, later = losses.crd(student, teacher, index, negatives, fixed)
     assert later["student_scale"] == after["student_scale"]
     np.testing.assert_allclose(value, again, rtol=1e-6)
-    gradients = [
-        jax.grad(lambda s, m=m: jnp.sum(losses.crd(s, teacher, index, negatives, m)[0]))(student) for m in (memory, fixed)
-    ]
+    slope = grad(lambda s, m: jnp.sum(losses.crd(s, teacher, index, negatives, m)[0]))
+    gradients = [slope(student, m) for m in (memory, fixed)]
     np.testing.assert_allclose(gradients[0], gradients[1], rtol=1e-5)
