@@ -1,9 +1,13 @@
 """Time and memory of each loss against the plain transcription of its formula. One JSON line for each measurement.
 
-    python benchmarks/losses.py [--tiny] [--only NAME ...] [--seconds 1.0]
+    python benchmarks/losses.py                     # two minutes
+    python benchmarks/losses.py --only dkd pld --seconds 5
+    python benchmarks/losses.py --write             # all, and the lines into benchmarks/results/losses.jsonl
 
-What is timed is value and gradient (with respect to the first input) of the mean, jitted. The two run in turn, so that a slow
-moment of the machine hits both, and the median of the paired ratios is printed. ``temp_bytes`` is what XLA allocates beyond
+What is timed is value and gradient (with respect to the first input) of the mean, jitted, called so often in a row that a sample
+takes 5 ms. Samples of the two alternate, so that a slow moment of the machine hits both. ``us`` and ``plain_us`` are the
+quickest samples (everything else on a machine only adds time) and ``ratio`` is their quotient; ``noise`` is how much slower our
+median sample was than the quickest: beside one of 1.3 a ratio of 1.1 says nothing. ``temp_bytes`` is what XLA allocates beyond
 inputs and outputs.
 """
 
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import time
@@ -26,6 +31,9 @@ from jkd import losses
 
 ROWS = [*plain_logits.ROWS, *plain_features.ROWS]
 TINY = plain_logits.TINY
+RESULTS = Path(__file__).parent / "results" / "losses.jsonl"
+SAMPLE = 5e-3
+"""Seconds that a sample takes at least."""
 
 
 def revision() -> str:
@@ -41,10 +49,17 @@ def compiled(function, hyper, inputs):
     return program, program.memory_analysis().temp_size_in_bytes
 
 
-def seconds(program, inputs) -> float:
+def device_name() -> str:
+    device = jax.devices()[0]
+    return device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def seconds(program, inputs, calls: int) -> float:
+    """Of one call, the mean of a sample."""
     start = time.perf_counter()
-    jax.block_until_ready(program(*inputs))
-    return time.perf_counter() - start
+    for _ in range(calls):
+        jax.block_until_ready(program(*inputs))  # each by itself: several in flight would share the cores
+    return (time.perf_counter() - start) / calls
 
 
 def measure(name, plain, make_inputs, shape, hyper, *, tiny: bool, budget: float) -> dict:
@@ -57,40 +72,47 @@ def measure(name, plain, make_inputs, shape, hyper, *, tiny: bool, budget: float
     # The comparison means nothing unless both compute the same (to float32, and to the eps that the transcriptions add).
     np.testing.assert_allclose(value, plain_value, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(gradient, plain_gradient, rtol=0, atol=1e-3 * float(jnp.max(jnp.abs(plain_gradient))) + 1e-9)
-    pairs = [(seconds(ours, inputs), seconds(theirs, inputs))]
+    once = [min(seconds(program, inputs, 1) for _ in range(3)) for program in (ours, theirs)]
+    calls = [1 if tiny else max(1, round(SAMPLE / one)) for one in once]
+    pairs: list[tuple[float, float]] = []
     stop = time.perf_counter() + budget
     while len(pairs) < (2 if tiny else 15) or (time.perf_counter() < stop and len(pairs) < 1000):
-        pairs.append((seconds(ours, inputs), seconds(theirs, inputs)))
-    times = np.array(pairs[1:])
+        pairs.append((seconds(ours, inputs, calls[0]), seconds(theirs, inputs, calls[1])))
+    (best, plain_best), (middle, _) = np.min(pairs, axis=0), np.median(pairs, axis=0)
     return {
         "loss": name,
         "shape": list(shape),
-        "us": round(float(np.median(times[:, 0])) * 1e6, 1),
-        "plain_us": round(float(np.median(times[:, 1])) * 1e6, 1),
-        "ratio": round(float(np.median(times[:, 0] / times[:, 1])), 3),
+        "us": round(best * 1e6, 1),
+        "plain_us": round(plain_best * 1e6, 1),
+        "ratio": round(best / plain_best, 3),
+        "noise": round(middle / best, 2),
         "temp_bytes": our_bytes,
         "plain_temp_bytes": their_bytes,
-        "pairs": len(times),
+        "samples": len(pairs),
+        "calls": calls[0],
     }
 
 
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="smallest shapes, two repetitions: does it run?")
+    parser.add_argument("--tiny", action="store_true", help="smallest shapes, two samples: does it run?")
     parser.add_argument("--only", nargs="*", help="names of losses")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each loss")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each loss")
+    parser.add_argument("--write", action="store_true", help=f"write the lines of all losses to {RESULTS.name} too")
     options = parser.parse_args(arguments)
-    device = jax.devices()[0]
-    where = {
-        "device": device.device_kind if device.platform != "cpu" else platform.processor() or platform.machine(),
-        "backend": device.platform,
-        "jax": jax.__version__,
-        "revision": revision(),
-    }
+    if options.write and (options.tiny or options.only):
+        parser.error("--write is for all losses at their usual shapes, without --only and --tiny")
+    where = {"device": device_name(), "backend": jax.default_backend(), "jax": jax.__version__, "revision": revision()}
+    lines = []
     for name, plain, inputs, shape, hyper in ROWS:
         if not options.only or name in options.only:
             budget = 0.0 if options.tiny else options.seconds
-            print(json.dumps(measure(name, plain, inputs, shape, hyper, tiny=options.tiny, budget=budget) | where), flush=True)
+            measured = measure(name, plain, inputs, shape, hyper, tiny=options.tiny, budget=budget)
+            lines.append(json.dumps(measured | where))
+            print(lines[-1], flush=True)
+    if options.write:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
