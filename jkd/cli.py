@@ -49,8 +49,8 @@ examples:
   jkd cache configs/digits_cached.py     then: jkd train configs/digits_cached.py
   jkd cache digits_cached --set seed=3
 
-Fills the caches that the config's runs read (Run.teacher = cache.Cache(…)) with their teachers' answers to the runs' own data,
-training first those teachers that are runs of the config, in the workdir that jkd train would use. What is there is kept: after a
+Fills the caches that the config's runs read (Run.teacher = cache.Cache(…)) with their teachers' answers to the runs' own data.
+Teachers that are runs of the config are trained first, in the workdir that jkd train would use. What is there is kept: after a
 kill, or when data was added, the same command adds what is missing.
 """
 _EVAL = """
