@@ -53,8 +53,16 @@ def kl(p, q):
 def test_both_players_terms_are_of_the_same_images():
     recipe, rows = HARD(temperature=2.0, disagreement=0.5, constancy=3.0), tiny.batch()
     found = small.Terms(recipe, rows, student=small.student(), teacher=small.teacher())
-    models = models_of(found.ctx, found.state, found.frozen)
-    image = recipe.augmentor(found.state.params["augmentor"], rows["image"], models.keys(rows))
+
+    @jax.jit
+    def seen(state, frozen):
+        """The images, and what the augmentor makes of them."""
+        models = models_of(found.ctx, state, frozen)
+        student, teacher, _ = recipe.contest(models, rows, jax.random.key(0))
+        terms = recipe.harder(None, student, teacher, rows, clock=models.clock, key=None)
+        return recipe.augmentor(state.params["augmentor"], rows["image"], models.keys(rows)), terms
+
+    image, terms = seen(found.state, found.frozen)
     assert np.abs(image - rows["image"]).max() > 0.1
 
     def answers(model, image):
@@ -62,8 +70,6 @@ def test_both_players_terms_are_of_the_same_images():
 
     mine, theirs = (answers(model, image) for model in (small.student(), small.teacher()))
     np.testing.assert_allclose(found.mean("kd"), 4 * kl(theirs, mine).mean(), rtol=1e-4)
-    student, teacher, _ = recipe.contest(models, rows, jax.random.key(0))
-    terms = recipe.harder(None, student, teacher, rows, clock=models.clock, key=None)
     np.testing.assert_allclose(terms["disagreement"].values, 4 * kl(theirs, mine), rtol=1e-4)
     np.testing.assert_allclose(
         terms["change"].values, 4 * kl(answers(small.teacher(), rows["image"]), theirs), rtol=1e-3, atol=1e-6

@@ -50,7 +50,6 @@ def test_fsts_teacher_follows_virtual_students_and_stays_there(ahead):
     student, start = made.ctx.student, made.start.params["student"]
     more = rows["unlabelled"]
 
-    @jax.jit
     def gradient(own, teacher):
         p = jax.nn.softmax(logits(student, teacher, more))
         sure = mean((p.max(-1) >= threshold).astype(jnp.float32), more["weight"])
@@ -62,6 +61,7 @@ def test_fsts_teacher_follows_virtual_students_and_stays_there(ahead):
 
         return jax.grad(loss)(own), sure
 
+    @jax.jit
     def moved(own, trace, teacher):
         found, sure = gradient(own, teacher)
         trace = jax.tree.map(lambda g, t: g + MOMENTUM * t, found, trace)
@@ -121,19 +121,24 @@ def test_both_networks_of_mpl_move_as_by_hand():
         repeated = losses.cross_entropy(strong, drawn)
         return label_loss(teacher, own) + 0.7 * mean(uda, more["weight"]) + feedback * mean(repeated, more["weight"])
 
+    @jax.jit
+    def moved(pupil, master, drawn, trace, average):
+        """Both networks one step on, the student's moments, the improvement and its average."""
+        trace = jax.tree.map(lambda g, t: g + MOMENTUM * t, jax.grad(imitation)(pupil, drawn), trace)
+        after = tiny.down(pupil, trace)
+        improvement = label_loss(student, pupil) - label_loss(student, after)
+        average += rate * (improvement - average)
+        gradient = jax.grad(instruction)(master, drawn, improvement - average)
+        return after, tiny.down(master, gradient), trace, improvement, average
+
     found = made.train([rows, rows])
     pupil, master = made.start.params["student"], made.start.params["teacher"]
     trace, average = jax.tree.map(np.zeros_like, pupil), 0.0
     for state, metrics in zip((found.first, found.state), found.metrics, strict=True):
         drawn = state.memory["drawn"]
-        trace = jax.tree.map(lambda g, t: g + MOMENTUM * t, jax.grad(imitation)(pupil, drawn), trace)
-        after = tiny.down(pupil, trace)
-        improvement = label_loss(student, pupil) - label_loss(student, after)
-        average += rate * (improvement - average)
+        pupil, master, trace, improvement, average = moved(pupil, master, drawn, trace, average)
         np.testing.assert_allclose(metrics["term/improvement"], improvement, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(metrics["coef/feedback"], improvement - average, rtol=1e-4, atol=1e-6)
-        master = tiny.down(master, jax.grad(instruction)(master, drawn, improvement - average))
-        pupil = after
         close(state.params["student"], pupil)
         close(state.params["teacher"], master)
     assert len(set(drawn.tolist())) > 1

@@ -17,7 +17,7 @@ from jkd import optim
 from jkd.errors import InputError
 from jkd.networks import models_of
 from jkd.recipes import LAD, LADTeacher, NoisedLabels, Supervised
-from jkd.types import Model, Outputs
+from jkd.types import Model, Outputs, Term
 
 SIDE = tiny.IMAGE[0]
 
@@ -117,29 +117,26 @@ def test_the_students_terms():
 def test_each_draw_is_the_detached_target_of_the_other():
     """The gradient of the consistency, which through both sides would be another."""
     rows, network = by_pixel(), small.student(kind=small.privileged)
-    run = tiny.run(recipe=LADTeacher(), student=network, teacher=None, optimizer=tiny.UNIT, batch_size=8)
-    made = tiny.Engine(run, rows)
-    own = models_of(made.ctx, made.fresh(), made.frozen).keys(rows)
+    found = small.Terms(LADTeacher(), rows, student=network, teacher=None)
+    own = models_of(found.ctx, found.state, found.frozen).keys(rows)
     drawn = [rows | {"keys": jax.vmap(lambda key, place=place: jax.random.fold_in(key, place))(own)} for place in range(2)]
 
-    def objective(params, held):
+    def engine(params):
+        terms = small.evaluate(found.ctx, dataclasses.replace(found.state, params={"student": params}), found.frozen, rows)
+        return Term(*terms["consistency"][:2]).mean()
+
+    def by_hand(params, held):
         first, second = (network.apply(params, {}, batch)[0].logits for batch in drawn)
         fixed = [network.apply(held, {}, batch)[0].logits for batch in drawn]
-        known = (rows["label"] >= 0) & (rows["label"] < 5)
-        weight = rows["weight"][:, None, None] * rows["labelled"][:, None, None] * known
-
-        def task(logits):
-            nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(known, rows["label"], 0)[..., None], -1)[..., 0]
-            return (nll * weight).sum() / weight.sum()
 
         def towards(target, mine):
             log_p, log_q = (jax.nn.log_softmax(z.reshape(8, -1, 5) / 4, 1) for z in (target, mine))
-            values = 16 * (jnp.exp(log_p) * (log_p - log_q)).sum(1).mean(-1)
-            return (values * rows["weight"]).sum() / rows["weight"].sum()
+            return 16 * (jnp.exp(log_p) * (log_p - log_q)).sum(1).mean(-1)
 
-        return task(first) + task(second) + 5 * (towards(fixed[1], first) + towards(fixed[0], second))
+        return Term(towards(fixed[1], first) + towards(fixed[0], second), rows["weight"]).mean()
 
-    tiny.close(made.gradient(rows)["student"], jax.grad(objective)(network.params, network.params), 1e-4)
+    gradients = jax.jit(lambda params: (jax.grad(engine)(params), jax.grad(by_hand)(params, params)))(network.params)
+    tiny.close(*gradients, 1e-4)
 
 
 # --- regions of four gray levels, under so much noise that where a region ends is hard to see -----------------------------------
