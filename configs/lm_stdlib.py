@@ -4,8 +4,8 @@
 
 Minutes on two CPU cores, with nothing to download. The table has bits per byte on files that no run has seen, and beside it each
 model goes on with the same piece of text. Control and student see the same text; the student asks its teacher about every next
-byte as well. Measured on a crowded CPU: 0.2 processor seconds for each of the teacher's updates, whose loss after 150 of them is 2.24
-nats a byte.
+byte as well. Measured on a crowded CPU, one seed: the teacher comes to 2.28 bits per byte, at 0.2 processor seconds an update; the
+control stands at 3.01 halfway.
 """
 
 from jkd import Experiment, Run, data, models, optim, recipes, schedules
