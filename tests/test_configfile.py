@@ -90,7 +90,8 @@ def test_an_edited_file_is_read_again(tmp_path):
     [
         (
             "digitz",
-            "config 'digitz': no such file, and jkd has no config of that name; did you mean 'digits' or 'digits_methods'?",
+            "config 'digitz': no such file, and jkd has no config of that name; did you mean 'digits' or 'digits_cached' or "
+            "'digits_methods'?",
         ),
         ("{tmp}/mime.py", "config {tmp}/mime.py: no such file; did you mean 'mine.py'?"),
         (

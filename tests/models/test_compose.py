@@ -122,7 +122,10 @@ def test_buffers_of_every_member():
         ),
         (lambda m: run(models.ensemble(m), taps=("2/head",)), "tap '2/head': begin with the number"),
         (lambda m: run(models.ensemble(m), taps=("0/heat",)), "tap 'heat': mlp computes nothing .* did you mean 'head'"),
-        (lambda m: run(models.ensemble([m[0], two()])), r"the members' logits differ in shape: \[\(4, 3\), \(4, 2\)\]; mean=None"),
+        (
+            lambda m: run(models.ensemble([m[0], two()])),
+            r"the members' logits differ in shape: \[\(4, 3\), \(4, 2\)\]; mean=None",
+        ),
     ],
 )
 def test_wrong_values(members, run, message):
