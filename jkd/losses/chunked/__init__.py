@@ -1,4 +1,14 @@
-"""Losses between hidden states and heads, without the logits: ``[tokens, vocab]`` is never held."""
+"""Losses between hidden states and heads, without the logits: no array of ``[tokens, vocab]`` is ever held.
+
+``losses.chunked.forward_kl(student_hidden, student_head, teacher_hidden, teacher_head)`` is ``losses.forward_kl`` of the logits that
+these make, one value for each token. `weighted_sum` is the sum that takes weights. Both take a mix of parts in one pass::
+
+    mix = [(0.9, chunked.ForwardKL()), (0.1, chunked.CrossEntropy())]
+    chunked.weighted_sum(mix, *student, *teacher, labels=labels, weights=mask, temperature=2.0)
+
+Values are in float32, and so are sums of bfloat16 products. There are gradients by hidden states and heads of both sides. Heads may
+be split over a mesh axis called ``tensor``: nothing of the vocabulary's size is gathered.
+"""
 
 from __future__ import annotations
 

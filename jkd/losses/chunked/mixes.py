@@ -98,8 +98,8 @@ def weighted_sum(
 ) -> Any:
     """``sum over tokens of weight * sum_k coef_k * loss_k``, its gradient made in the forward pass: each logit is computed once.
 
-    The arguments are those of `per_token`, but that ``weights`` ``[...]`` must be given. What a token of weight 0 holds does not
-    matter.
+    The arguments are those of `per_token`, but that ``weights`` ``[...]`` must be given. There are gradients by the weights and the
+    coefficients too.
 
     Returns:
         A scalar.
@@ -138,8 +138,8 @@ def _values_forward(schedule: Schedule, traced: Any, expected: Any):
     if expected is None or not any(want.any for want in wants):
         values, kept = schedule.values(problem)
     else:
-        expected, kept = expected.value, None
-        values, gradients = schedule.gradients(problem, kept, expected, wants)
+        expected = expected.value
+        (values, kept), gradients = schedule.gradients(problem, None, expected, wants)
     return values, (problem, expected, kept, gradients, _Static(wants))
 
 
@@ -177,7 +177,7 @@ def _sum(coefs: Any, values: Any) -> Any:
 def _total_forward(schedule: Schedule, traced: Any, coefs: Any):
     problem, wants = _wanted(traced)
     if any(want.any for want in wants):
-        values, gradients = schedule.gradients(problem, None, coefs.value, wants)
+        (values, _), gradients = schedule.gradients(problem, None, coefs.value, wants)
     else:
         values, gradients = schedule.values(problem)[0], tuple(Side() for _ in wants)
     return _sum(coefs.value, values), (gradients, values, _skeleton(problem))

@@ -50,7 +50,7 @@ class Tokens:
         onto: tuple[Side, ...] | None = None,
         unless: Any = False,
     ) -> tuple[Any, tuple[Side, ...]]:
-        """Values, and the gradient of ``sum(coefs * values)`` by what is wanted of each side; sums in float32.
+        """What `values` gives, and the gradient of ``sum(coefs * values)`` by what is wanted of each side; sums in float32.
 
         Args:
             problem, kept: what, and what `values` left of it.
@@ -78,7 +78,7 @@ class Tokens:
         values, hidden, sums = jax.lax.fori_loop(0, turns, block, (values, list(hidden), list(sums)))
         whole = [x if x is None else cut.together(x) for x in hidden]
         found = [Side(x, **{name: total.sum(0) for name, total in some.items()}) for x, some in zip(whole, sums, strict=True)]
-        return cut.together(values).T, tuple(found)
+        return (cut.together(values).T, None), tuple(found)
 
 
 def _add_at(x: Any, new: Any, i: Any) -> Any:

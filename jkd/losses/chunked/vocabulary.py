@@ -46,7 +46,7 @@ class Vocabulary:
         onto: tuple[Side, ...] | None = None,
         unless: Any = False,
     ) -> tuple[Any, tuple[Side, ...]]:
-        """Values, and the gradient of ``sum(coefs * values)`` by what is wanted of each side; see `Tokens.gradients`."""
+        """What `values` gives, and the gradient of ``sum(coefs * values)`` by what is wanted; see `Tokens.gradients`."""
         values, (norms, totals) = (None, kept) if kept is not None else self.values(problem)
         columns, active = _Columns(problem, self.columns), sweeps.active(wants)
         windows = columns.windows
@@ -59,7 +59,8 @@ class Vocabulary:
         sums = [columns.start(i, wants[i], starts[i]) for i in range(active)]
         turns = windows.count if unless is False else jnp.where(unless, 0, windows.count)
         sums = loop(turns, window, sums)
-        return values, tuple(columns.finished(some) for some in sums) + (Side(None),) * (len(wants) - active)
+        found = [columns.finished(some) for some in sums] + [Side()] * (len(wants) - active)
+        return (values, (norms, totals)), tuple(found)
 
 
 class _Columns:
