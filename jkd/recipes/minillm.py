@@ -12,7 +12,7 @@ from jkd import tokens
 from jkd.errors import InputError
 from jkd.losses.chunked.parts import CrossEntropy, ReverseKL
 from jkd.recipe import Recipe
-from jkd.recipes.onpolicy import by_token
+from jkd.recipes.bytoken import by_token
 from jkd.recipes.rollouts import Rollout, with_masks
 from jkd.types import Array, Term
 
@@ -88,7 +88,9 @@ class MiniLLM(Recipe):
         }
         if written is not None:
             labels, weight = tokens.next_tokens(batch["written"])
-            terms["language"] = Term(by_token(CrossEntropy(), written, labels=labels), weight, self.language_weight)
+            terms["language"] = Term(
+                by_token(CrossEntropy(), written, labels=labels, weights=weight), weight, self.language_weight
+            )
         return terms
 
     def judged(self, log_q: Array, log_p: Array, weight: Array) -> tuple[Array, Array]:

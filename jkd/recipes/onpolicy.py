@@ -8,29 +8,17 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jkd import losses, schedules, sparse, targets, tokens
+from jkd import losses, schedules, targets, tokens
 from jkd.errors import InputError
 from jkd.losses.chunked.parts import JS, AlphaBeta, CrossEntropy, Each, ForwardKL, Part, SkewReverseKL
 from jkd.models.generate import Sampling
 from jkd.recipe import Recipe, Vars
+from jkd.recipes.bytoken import by_part, by_token
 from jkd.recipes.rollouts import Rollout, with_masks
 from jkd.schedules import Clock, Schedule
-from jkd.types import Array, Batch, Outputs, Term
+from jkd.types import Array, Batch, Term
 
 Evidence = Literal["golden", "formula", "mechanism"]
-
-
-def by_token(
-    part: Part, student: Outputs, teacher: Outputs | None = None, *, labels: Array | None = None, temperature: Any = 1.0
-) -> Array:
-    """A divergence for each token, ``[batch, time]``; where (hidden, head) are given no logits of the whole text are made."""
-    sides = [side for side in (student, teacher) if side is not None]
-
-    def value(*args: Array) -> Array:
-        logits, rest = args[: len(sides)], args[len(sides) :]
-        return part.full(logits[0], logits[1] if len(logits) > 1 else None, rest[0] if rest else None, temperature)
-
-    return sparse.by_position(value, *sides, *([] if labels is None else [labels]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,13 +45,17 @@ class _ByToken(Recipe):
 
     def terms(self, vars, student, teacher, batch, *, clock, key):
         labels, weight = tokens.next_tokens(batch)
-        values = by_token(self.part(vars, clock), student, teacher, temperature=self.softness(clock))
-        terms = {"kd": Term(values, weight, schedules.at(self.weight, clock))}
-        if self.task_weight:
-            written = weight * (1 - batch["own"][:, None]) if "own" in batch else weight
-            values = by_token(CrossEntropy(), student, labels=labels)
-            terms["task"] = Term(values, written, self.task_weight)
-        return terms
+        coef, temperature = schedules.at(self.weight, clock), self.softness(clock)
+        mix: list[tuple[Any, Part]] = [(coef, self.part(vars, clock))]
+        if not self.task_weight:
+            (kd,) = by_part(mix, student, teacher, temperature=temperature, weights=weight)
+            return {"kd": Term(kd, weight, coef)}
+        written = weight * (1 - batch["own"][:, None]) if "own" in batch else weight
+        # of fewer tokens each weighs more in the mean
+        share = written / jnp.where(weight > 0, weight, 1) * (weight.sum() / jnp.where(written.sum() > 0, written.sum(), 1))
+        mix.append((self.task_weight * share, CrossEntropy()))
+        kd, task = by_part(mix, student, teacher, labels=labels, temperature=temperature, weights=weight)
+        return {"kd": Term(kd, weight, coef), "task": Term(task, written, self.task_weight)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +69,7 @@ class NextToken(Recipe):
 
     def terms(self, vars, student, teacher, batch, *, clock, key):
         labels, weight = tokens.next_tokens(batch)
-        return {"task": Term(by_token(CrossEntropy(), student, labels=labels), weight)}
+        return {"task": Term(by_token(CrossEntropy(), student, labels=labels, weights=weight), weight)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,7 +246,7 @@ class SeqKD(Recipe):
 
     def terms(self, vars, student, teacher, batch, *, clock, key):
         labels, weight = tokens.next_tokens(batch)
-        return {"said": Term(by_token(CrossEntropy(), student, labels=labels), weight)}
+        return {"said": Term(by_token(CrossEntropy(), student, labels=labels, weights=weight), weight)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

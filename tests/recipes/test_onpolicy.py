@@ -20,7 +20,8 @@ from jkd.models.generate import Sampling, generate
 from jkd.prepare import make_prepare
 from jkd.recipe import Vars
 from jkd.recipes import GKD, TAID, DistiLLM, MiniLLM, Rollout, SeqKD
-from jkd.recipes.onpolicy import by_token, sometimes
+from jkd.recipes.bytoken import by_token
+from jkd.recipes.onpolicy import sometimes
 from jkd.recipes.rollouts import with_masks
 from jkd.resolve import make_context
 from jkd.schedules import Clock

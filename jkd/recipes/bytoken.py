@@ -1,0 +1,69 @@
+"""Losses of each token, by language models' Outputs: what every recipe on texts is made of.
+
+Models of texts answer with (hidden, head). Then no logits of the whole text are made (`jkd.losses.chunked`); a recipe does not ask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jkd import sparse
+from jkd.losses import chunked
+from jkd.types import Array, Outputs
+
+WHOLE = 1 << 20
+"""Logits of no more numbers are made all at once: blocks would be no smaller, and programs are simpler."""
+
+
+def by_part(
+    mix: Sequence[tuple[Any, chunked.Part]],
+    student: Outputs,
+    teacher: Outputs | None = None,
+    *,
+    labels: Array | None = None,
+    temperature: Any = 1.0,
+    weights: Array | None = None,
+) -> tuple[Array, ...]:
+    """Each part's values ``[batch, time]``, in one pass over both models' heads.
+
+    Args:
+        mix: ``[(coef, part), …]``; the coefficients (numbers, or ``[batch, time]``) are those of the terms that the values go to.
+        student, teacher: what they answer.
+        labels: int ``[batch, time]``, where a part reads them.
+        temperature: of the divergences.
+        weights: ``[batch, time]``, what the terms weigh each token by, where that is known: it saves making the logits twice.
+    """
+    sides = [side for side in (student, teacher) if side is not None]
+    if all(_apart(side) for side in sides) and any(math.prod(side.logits_shape) > WHOLE for side in sides):
+        arrays = [array for side in sides for array in (side.hidden, _head(side))]
+        return chunked.per_part(mix, *arrays, labels=labels, temperature=temperature, weights=weights)
+
+    def values(*args: Array) -> tuple[Array, ...]:
+        logits, rest = args[: len(sides)], args[len(sides) :]
+        both = logits[0], logits[1] if len(logits) > 1 else None
+        return tuple(part.full(*both, rest[0] if rest else None, temperature) for _, part in mix)
+
+    return sparse.by_position(values, *sides, *([] if labels is None else [labels]))
+
+
+def by_token(
+    part: chunked.Part,
+    student: Outputs,
+    teacher: Outputs | None = None,
+    *,
+    labels: Array | None = None,
+    temperature: Any = 1.0,
+    weights: Array | None = None,
+) -> Array:
+    """`by_part` of a single one."""
+    return by_part([(1.0, part)], student, teacher, labels=labels, temperature=temperature, weights=weights)[0]
+
+
+def _apart(outputs: Outputs) -> bool:
+    return outputs.hidden is not None and outputs.head is not None
+
+
+def _head(outputs: Outputs) -> chunked.Head:
+    return chunked.Head(outputs.head, outputs.bias, outputs.softcap, outputs.classes)
