@@ -4,11 +4,11 @@
     python benchmarks/losses.py --only dkd pld --seconds 5
     python benchmarks/losses.py --write             # all, and the lines into benchmarks/results/losses.jsonl
 
-What is timed is value and gradient (with respect to the first input) of the mean, jitted, called so often in a row that a sample
-takes 5 ms. Samples of the two alternate, so that a slow moment of the machine hits both. ``us`` and ``plain_us`` are the
-quickest samples (everything else on a machine only adds time) and ``ratio`` is their quotient; ``noise`` is how much slower our
-median sample was than the quickest: beside one of 1.3 a ratio of 1.1 says nothing. ``temp_bytes`` is what XLA allocates beyond
-inputs and outputs.
+What is timed is value and gradient (with respect to the first input) of the mean, jitted. Calls of the two alternate, so that a
+slow moment of the machine hits both, for ``--seconds`` and no less than 15 times: functions of less than a millisecond come to a
+thousand calls. ``us`` and ``plain_us`` are the slowest of the quickest tenth (all else on a machine only adds time) and ``ratio``
+is their quotient; ``noise`` is how much slower our median call was: beside one of 1.3 a ratio of 1.1 says nothing. ``temp_bytes``
+is what XLA allocates beyond inputs and outputs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from jkd import losses
 ROWS = [*plain_logits.ROWS, *plain_features.ROWS]
 TINY = plain_logits.TINY
 RESULTS = Path(__file__).parent / "results" / "losses.jsonl"
-SAMPLE = 5e-3
-"""Seconds that a sample takes at least."""
 
 
 def revision() -> str:
@@ -54,12 +52,10 @@ def device_name() -> str:
     return device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
 
 
-def seconds(program, inputs, calls: int) -> float:
-    """Of one call, the mean of a sample."""
+def seconds(program, inputs) -> float:
     start = time.perf_counter()
-    for _ in range(calls):
-        jax.block_until_ready(program(*inputs))  # each by itself: several in flight would share the cores
-    return (time.perf_counter() - start) / calls
+    jax.block_until_ready(program(*inputs))
+    return time.perf_counter() - start
 
 
 def measure(name, plain, make_inputs, shape, hyper, *, tiny: bool, budget: float) -> dict:
@@ -72,30 +68,27 @@ def measure(name, plain, make_inputs, shape, hyper, *, tiny: bool, budget: float
     # The comparison means nothing unless both compute the same (to float32, and to the eps that the transcriptions add).
     np.testing.assert_allclose(value, plain_value, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(gradient, plain_gradient, rtol=0, atol=1e-3 * float(jnp.max(jnp.abs(plain_gradient))) + 1e-9)
-    once = [min(seconds(program, inputs, 1) for _ in range(3)) for program in (ours, theirs)]
-    calls = [1 if tiny else max(1, round(SAMPLE / one)) for one in once]
-    pairs: list[tuple[float, float]] = []
+    pairs = [(seconds(ours, inputs), seconds(theirs, inputs))]
     stop = time.perf_counter() + budget
-    while len(pairs) < (2 if tiny else 15) or (time.perf_counter() < stop and len(pairs) < 1000):
-        pairs.append((seconds(ours, inputs, calls[0]), seconds(theirs, inputs, calls[1])))
-    (best, plain_best), (middle, _) = np.min(pairs, axis=0), np.median(pairs, axis=0)
+    while len(pairs) < (3 if tiny else 16) or (time.perf_counter() < stop and len(pairs) < 5000):
+        pairs.append((seconds(ours, inputs), seconds(theirs, inputs)))
+    (quick, plain_quick), (middle, _) = np.quantile(pairs[1:], [0.1, 0.5], axis=0)
     return {
         "loss": name,
         "shape": list(shape),
-        "us": round(best * 1e6, 1),
-        "plain_us": round(plain_best * 1e6, 1),
-        "ratio": round(best / plain_best, 3),
-        "noise": round(middle / best, 2),
+        "us": round(quick * 1e6, 1),
+        "plain_us": round(plain_quick * 1e6, 1),
+        "ratio": round(quick / plain_quick, 3),
+        "noise": round(middle / quick, 2),
         "temp_bytes": our_bytes,
         "plain_temp_bytes": their_bytes,
-        "samples": len(pairs),
-        "calls": calls[0],
+        "calls": len(pairs) - 1,
     }
 
 
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="smallest shapes, two samples: does it run?")
+    parser.add_argument("--tiny", action="store_true", help="smallest shapes, three calls: does it run?")
     parser.add_argument("--only", nargs="*", help="names of losses")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each loss")
     parser.add_argument("--write", action="store_true", help=f"write the lines of all losses to {RESULTS.name} too")

@@ -7,7 +7,6 @@ gradient of the branch not taken is still computed, and 0 * nan is nan.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -153,12 +152,6 @@ def log_ratio(log_p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch
     return jnp.where(jnp.abs(difference) < jnp.inf, difference, 0)
 
 
-def real_classes(*logits: Float[Array, "*batch classes"]) -> tuple[Float[Array, "*batch classes"], ...]:
-    """The logits with 0 in the classes that any of them masks with -inf."""
-    real = functools.reduce(jnp.logical_and, (z > -jnp.inf for z in logits))
-    return tuple(jnp.where(real, z, 0) for z in logits)
-
-
 # From about as many classes on, one more sum for each row costs less than one more pass over them.
 WIDE = 64
 
@@ -181,7 +174,9 @@ def kl_of_logits(p_logits: Float[Array, "*batch classes"], q_logits: Float[Array
     size than two log-softmaxes do, and takes as little as a third of their time over a large vocabulary.
     """
     if p_logits.shape[-1] < WIDE:
-        return kl(jax.nn.log_softmax(p_logits, axis=-1), jax.nn.log_softmax(q_logits, axis=-1))
+        real = jnp.minimum(p_logits, q_logits) > -jnp.inf
+        log_p, log_q = (jax.nn.log_softmax(logits, axis=-1) for logits in (p_logits, q_logits))
+        return jnp.sum(jnp.exp(log_p) * jnp.where(real, log_p - log_q, 0), axis=-1)
     (p, exp_p, total_p), (q, _, total_q) = shifted_exp(p_logits), shifted_exp(q_logits)
     difference = p - q
     kept = jnp.abs(difference) < jnp.inf
@@ -255,6 +250,18 @@ def masked_logsumexp(x: Float[Array, "*batch classes"], keep: Any) -> Float[Arra
 def at_label(values: Real[Array, "*batch classes"], labels: Any) -> Real[Array, "*batch"]:
     """``values[..., labels]``. A label out of range is not an error under jit: it reads the last or first class."""
     return jnp.take_along_axis(values, labels[..., None], axis=-1, mode="clip")[..., 0]
+
+
+def log_softmax_of(logits: Float[Array, "*batch classes"], ids: Any) -> Float[Array, "*batch k"]:
+    """The log-softmax's entries of the classes ``ids`` ``[..., k]``. No others are computed: half the time, and no memory of the
+    logits' size."""
+    shifted, _, total = shifted_exp(logits)
+    return jnp.take_along_axis(shifted, ids, axis=-1, mode="clip") - jnp.log(total)
+
+
+def log_softmax_at(logits: Float[Array, "*batch classes"], labels: Any) -> Float[Array, "*batch"]:
+    """`at_label` of the log-softmax."""
+    return log_softmax_of(logits, labels[..., None])[..., 0]
 
 
 def is_label(labels: Any, classes: int) -> jax.Array:

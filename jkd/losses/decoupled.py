@@ -21,12 +21,13 @@ from jkd.losses._common import (
     describe,
     is_label,
     kl,
+    log_ratio,
     log_softmax,
+    log_softmax_at,
     masked_logsumexp,
     masked_mean,
     per_class,
     promote,
-    real_classes,
     softplus,
     tempered,
 )
@@ -135,8 +136,7 @@ def nkd(
         1.0594
     """
     student, teacher = _checked(student_logits, teacher_logits, labels)
-    label_q = at_label(log_softmax(student), labels)
-    label_p = at_label(log_softmax(teacher), labels)
+    label_q, label_p = log_softmax_at(student, labels), log_softmax_at(teacher, labels)
     _, _, others_q = _apart(student, labels, temperature)
     _, _, others_p = _apart(teacher, labels, temperature)
     rest = cross_entropy_of(jnp.exp(others_p), others_q)
@@ -233,8 +233,7 @@ def wsld(
     check_classes(student_logits, teacher_logits)
     check_labels(labels, student_logits)
     student, teacher = promote(student_logits, teacher_logits)
-    of_student = -at_label(log_softmax(student), labels)
-    of_teacher = -at_label(log_softmax(teacher), labels)
+    of_student, of_teacher = -log_softmax_at(student, labels), -log_softmax_at(teacher, labels)
     weight = jax.lax.stop_gradient(-jnp.expm1(-of_student / (of_teacher + 1e-7)))
     soft = cross_entropy_of_logits(tempered(teacher, temperature), tempered(student, temperature))
     return weight * soft * (temperature * temperature)
@@ -267,8 +266,9 @@ def binary_kl(
         0.3278
     """
     check_classes(student_logits, teacher_logits)
-    student, teacher = real_classes(*promote(student_logits, teacher_logits))
-    student, teacher = student / per_class(temperature), teacher / per_class(temperature)
+    student, teacher = promote(student_logits, teacher_logits)
+    real = jnp.minimum(student, teacher) > -jnp.inf
+    student, teacher = (jnp.where(real, z, 0) / per_class(temperature) for z in (student, teacher))
     # With log sigmoid(z) = z - softplus(z) and log sigmoid(-z) = - softplus(z), both halves of each KL together.
     terms = jax.nn.sigmoid(teacher) * (teacher - student) - (softplus(teacher) - softplus(student))
     return jnp.sum(terms, axis=-1) * (temperature * temperature)
@@ -299,8 +299,7 @@ def binary_kl_norm(
         0.4338
     """
     check_classes(student_logits, teacher_logits)
-    student, teacher = real_classes(*promote(student_logits, teacher_logits))
-    difference = (student - teacher) / per_class(temperature)
+    difference = log_ratio(*promote(student_logits, teacher_logits)) / per_class(temperature)
     # softplus(u) - u / 2 - log 2 = log cosh(u / 2): one transcendental function, and smooth at 0 (as |u| is not).
     terms = softplus(difference) - difference / 2 - math.log(2)
     return jnp.sum(terms, axis=-1) * (temperature * temperature)

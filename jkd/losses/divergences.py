@@ -11,19 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jkd.losses._common import (
-    at_label,
     check_classes,
     check_labels,
     check_nonempty,
     check_rank,
     check_same_shape,
-    cross_entropy_of,
     cross_entropy_of_logits,
+    cross_entropy_with,
     kl,
     kl_of_logits,
     kl_to_mixture,
     log_ratio,
     log_softmax,
+    log_softmax_at,
     masked_mean,
     promote,
     softmax,
@@ -68,12 +68,10 @@ def cross_entropy(
     else:
         check_labels(labels, student_logits)
         (logits,) = promote(student_logits)
-    log_q = log_softmax(logits)
-    value = cross_entropy_of(target, log_q) if soft else -at_label(log_q, labels)
+    value = cross_entropy_with(target, logits) if soft else -log_softmax_at(logits, labels)
     if isinstance(label_smoothing, (int, float)) and label_smoothing == 0:
         return value
-    real = log_q > -jnp.inf
-    uniform = -masked_mean(log_q, real, axis=-1)
+    uniform = -masked_mean(log_softmax(logits), logits > -jnp.inf, axis=-1)
     return (1 - label_smoothing) * value + label_smoothing * uniform
 
 

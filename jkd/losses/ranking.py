@@ -19,6 +19,7 @@ from jkd.losses._common import (
     describe,
     is_label,
     kl,
+    kl_of_logits,
     log_softmax,
     masked_logsumexp,
     promote,
@@ -145,7 +146,7 @@ def listwise_kl(
     student, teacher = promote(student_scores, teacher_scores)
     student, teacher = student / temperature, teacher / (temperature if teacher_temperature is None else teacher_temperature)
     if where is None:
-        return kl(log_softmax(teacher), log_softmax(student))
+        return kl_of_logits(teacher, student)
     check_where(where, np.shape(student_scores), meaning="[..., candidates]")
     keep = jnp.asarray(where) != 0
 

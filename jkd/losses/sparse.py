@@ -19,6 +19,7 @@ from jkd.losses._common import (
     describe,
     kl,
     log_softmax,
+    log_softmax_of,
     masked_logsumexp,
     promote,
     tempered,
@@ -193,7 +194,7 @@ def sampled_forward_kl(
         others["teacher_log_probs"] = teacher_log_probs
     _check_ids(student_logits, teacher_ids, **others)
     student, weights = promote(student_logits, teacher_weights)
-    log_q = jnp.take_along_axis(log_softmax(student, temperature), teacher_ids, axis=-1, mode="clip")
+    log_q = log_softmax_of(tempered(student, temperature), teacher_ids)
     used = (weights != 0) & (log_q > -jnp.inf)
     terms = -jnp.where(used, log_q, 0)
     if teacher_log_probs is not None:
