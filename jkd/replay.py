@@ -1,10 +1,10 @@
-"""What lies in a workdir, evaluated again: the newest checkpoint of every run, on the config's evaluation data."""
+"""What lies in a workdir: the newest checkpoint of every run, as a state to go on from, and evaluated again."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -12,11 +12,13 @@ from etils import epath
 from jkd import configfile, fingerprint, teachers, trees
 from jkd.checkpoint import Checkpoints
 from jkd.config import Ensemble, Experiment, Run, dependencies
-from jkd.errors import InputError
+from jkd.context import Context
+from jkd.errors import InputError, nearest
 from jkd.evaluate import make_evaluate
 from jkd.networks import models_of
 from jkd.resolve import make_context
-from jkd.state import freeze, step_shapes
+from jkd.state import Frozen, State, freeze, step_shapes
+from jkd.types import Model
 
 
 def experiment_of(workdir: epath.Path) -> Experiment:
@@ -37,58 +39,104 @@ def experiment_of(workdir: epath.Path) -> Experiment:
     return experiment
 
 
-def evaluate(experiment: Experiment, workdir: epath.Path, report: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """``{run: {parameters, accuracy, nll, …, steps}}`` of every run that has a checkpoint.
+@dataclasses.dataclass(frozen=True)
+class Stand:
+    """Where a run stands: its newest good checkpoint.
+
+    Args:
+        name: of the run in its experiment.
+        ctx: the run with its teachers' weights.
+        state, frozen: what a step is called with.
+        step: updates done.
+    """
+
+    name: str
+    ctx: Context
+    state: State
+    frozen: Frozen
+    step: int
+
+    def product(self, *, ema: bool | None = None) -> Model:
+        """What the run is for (`Recipe.deploy`), with weights; the average's if asked for, by default as the run says."""
+        models = models_of(self.ctx, self.state, self.frozen, ema=self.ctx.run.evaluate_ema if ema is None else ema)
+        return self.ctx.recipe.deploy(models)
+
+
+def stands(experiment: Experiment, workdir: epath.Path, report: Callable[[str], None]) -> Iterator[Stand]:
+    """Every run that has a checkpoint, in order.
 
     Args:
         experiment: what was trained there.
         workdir: the folder.
         report: gets a line for each run that has none, or was not finished.
     """
-    used = {name for node in experiment.nodes.values() for name in dependencies(node)}
     artifacts: dict[str, Any] = {}
-    found: dict[str, dict[str, Any]] = {}
     for name, node in experiment.nodes.items():
         missing = [needed for needed in dependencies(node) if needed not in artifacts]
         if missing:
             report(f"{name}: needs {missing[0]}, which is not there")
             continue
-        earlier = {needed: artifacts[needed] for needed in dependencies(node)}
         if not isinstance(node, Run):
-            node = node(**earlier)
+            node = node(**{needed: artifacts[needed] for needed in dependencies(node)})
         if not isinstance(node, Run):
             artifacts[name] = node
             continue
         if isinstance(node.teacher, (str, Ensemble)):
             node = dataclasses.replace(node, teacher=teachers.named(node.teacher, artifacts))
-        product, metrics, step = _run(node, workdir / name, report)
-        if product is None:
+        stand = _restored(name, node, workdir / name, report)
+        if stand is None:
             report(f"{name}: has no checkpoint")
             continue
-        if step < node.steps:
-            report(f"{name}: stands at step {step} of {node.steps}")
-        if name in used:
+        if stand.step < node.steps:
+            report(f"{name}: stands at step {stand.step} of {node.steps}")
+        artifacts[name] = stand.product()
+        yield stand
+
+
+def stand(experiment: Experiment, workdir: epath.Path, name: str | None, report: Callable[[str], None]) -> Stand:
+    """One run by name; by default the last of the experiment.
+
+    Raises:
+        InputError: no such run, or it has no checkpoint.
+    """
+    nodes = list(experiment.nodes)
+    name = nodes[-1] if name is None else name
+    if name not in nodes:
+        raise InputError(f"{workdir}: no run is called {name!r}{nearest(name, nodes)}")
+    # later nodes need not be there, and earlier ones only if this one needs them
+    wanted = {name}
+    for other in reversed(nodes[: nodes.index(name) + 1]):
+        wanted |= set(dependencies(experiment.nodes[other])) if other in wanted else set()
+    told: list[str] = []
+    for found in stands(Experiment(**{n: node for n, node in experiment.nodes.items() if n in wanted}), workdir, told.append):
+        if found.name == name:
+            for line in told:
+                report(line)
+            return found
+    raise InputError(f"{workdir}: there is nothing of {name}: {'; '.join(told) or 'it is a function, not a run'}")
+
+
+def evaluate(experiment: Experiment, workdir: epath.Path, report: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """``{run: {parameters, accuracy, nll, …, steps}}`` of every run that has a checkpoint; see `stands`."""
+    used = {name for node in experiment.nodes.values() for name in dependencies(node)}
+    found: dict[str, dict[str, Any]] = {}
+    for one in stands(experiment, workdir, report):
+        evaluation = make_evaluate(one.ctx)
+        metrics: dict[str, Any] = {} if evaluation is None else evaluation(one.state, one.frozen).metrics
+        if one.name in used:
             metrics.setdefault("agreement", 1.0)  # it is what the others are held against
-        artifacts[name] = product
-        found[name] = {"parameters": trees.count(product.params), **metrics, "steps": step}
+        found[one.name] = {"parameters": trees.count(one.product().params), **metrics, "steps": one.step}
     return found
 
 
-def _run(run: Run, folder: epath.Path, report: Callable[[str], None]) -> tuple[Any, dict[str, Any], int]:
-    """A run's product, its metrics and the step it stands at; no product where there is no checkpoint."""
+def _restored(name: str, run: Run, folder: epath.Path, report: Callable[[str], None]) -> Stand | None:
+    """None where there is no checkpoint."""
     if not (folder / "checkpoints").exists():  # Checkpoints would make it
-        return None, {}, 0
+        return None
     ctx = make_context(run)
     checkpoints = Checkpoints(folder / "checkpoints", keep=run.keep, best=run.best, report=report)
     try:
         restored = checkpoints.restore(step_shapes(ctx)[0])
     finally:
         checkpoints.close()
-    if restored is None:
-        return None, {}, 0
-    state, _, step = restored
-    frozen = freeze(ctx)
-    evaluation = make_evaluate(ctx)
-    metrics: dict[str, Any] = {} if evaluation is None else evaluation(state, frozen).metrics
-    models = models_of(ctx, state, frozen, ema=run.evaluate_ema)
-    return ctx.recipe.deploy(models), metrics, step
+    return None if restored is None else Stand(name, ctx, restored[0], freeze(ctx), restored[2])

@@ -34,7 +34,7 @@ class MLP(nnx.Module):
         self.head = nnx.Linear(sizes[-1], config.classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         for layer in self.layers:
             x = layer(x)
         return self.head(x)

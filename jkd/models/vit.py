@@ -91,7 +91,7 @@ class ViT(nnx.Module):
 
     def __call__(self, x: Array) -> Outputs:
         x = self.patches(x)
-        tokens = jnp.broadcast_to(self.tokens[...], (len(x), *self.tokens.shape[1:])).astype(x.dtype)
+        tokens = jnp.broadcast_to(self.tokens[...], (x.shape[0], *self.tokens.shape[1:])).astype(x.dtype)
         x = self.dropout(jnp.concatenate([tokens, x], 1) + self.position[...].astype(x.dtype))
         for block in self.blocks:
             x = block(x)
