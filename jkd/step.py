@@ -1,6 +1,6 @@
 """The jitted step: teacher forward, student forward, terms, backward and update as one sharded program.
 
-`make_step` runs the recipe's updates in order; `_gradients` cuts the batch into microbatches; `_objective` turns terms into the
+`make_step` runs the recipe's updates in order; `_gradients` cuts the batch into microbatches; `objective` turns terms into the
 number that is differentiated. All means are taken there: each term over its global weight sum, whatever the number of
 microbatches, devices and hosts.
 """
@@ -193,14 +193,14 @@ def _gradients(
     if isinstance(ctx.run.teacher, StudentEma):
         before["ema"] = state.ema
 
-    def objective(moving: Tree, kept: dict[str, Tree], batch: Batch, key: Array, totals: Any):
+    def share(moving: Tree, kept: dict[str, Tree], batch: Batch, key: Array, totals: Any):
         params = _join(moving, rest)
         models = models_at(ctx, dataclasses.replace(state, params=params, **kept), frozen, clock)
-        parts, (means, totals, models, observed) = _objective(ctx, update, models, batch, key, totals)
+        parts, (means, totals, models, observed) = objective(ctx, update, models, batch, key, totals)
         return parts, (means, totals, _left(models, kept), observed)
 
     def differentiate(*given: Any):
-        parts, pull, aux = jax.vjp(lambda moving: objective(moving, *given), moving, has_aux=True)
+        parts, pull, aux = jax.vjp(lambda moving: share(moving, *given), moving, has_aux=True)
 
         def gradient(*names: str) -> Tree:
             return pull({name: jnp.float32(name in names) for name in parts})[0]
@@ -219,7 +219,7 @@ def _gradients(
 
     def weigh(kept: dict[str, Tree], piece: tuple[Batch, Array]):
         # Weights rarely depend on a forward pass; where they do not, XLA drops the passes from this scan.
-        _, (_, totals, kept, _) = objective(moving, kept, *piece, None)
+        _, (_, totals, kept, _) = share(moving, kept, *piece, None)
         return kept, totals
 
     totals = jax.tree.map(lambda sums: sums.sum(0), jax.lax.scan(weigh, before, (pieces, keys))[1])
@@ -254,7 +254,7 @@ def _joined(pieces: Array) -> Array:
     return pieces.swapaxes(0, 1).reshape(-1, *pieces.shape[2:])
 
 
-def _objective(
+def objective(
     ctx: Context,
     update: Update,
     models: Models,
