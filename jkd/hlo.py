@@ -1,0 +1,245 @@
+"""Reads a compiled program's text (`compiled.as_text()`): what devices tell each other, and what lies in their memory.
+
+The text is of one device's program after partitioning and scheduling: shapes are of what this device holds. What stands in a loop's
+body counts as often as the loop runs, so a layer under `jax.lax.scan` counts as many times as there are layers.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array's type: ``f32[8,128]``. ``space`` 0 is the device's main memory; a TPU has others, closer to its units."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    space: int = 0
+
+    @property
+    def bytes(self) -> int:
+        bits = 8 if self.dtype == "pred" else int((re.search(r"\d+", self.dtype) or ["0"])[0])
+        return -(-math.prod(self.shape) * bits // 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Args:
+        kind: one of `KINDS`.
+        bytes: of the whole array: what an all-gather gives, what a reduce-scatter or an all-reduce takes.
+        count: how often a step runs it.
+        of: the operation's name in JAX, scopes included (``jit(step)/jvp(student)/dot_general``).
+        devices: how many of them take part in each group.
+        arrays: what it takes, on one device.
+    """
+
+    kind: str
+    bytes: int
+    count: int
+    of: str
+    devices: int
+    arrays: tuple[Array, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes in a step."""
+        return self.bytes * self.count
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in a step, where the algorithm is the usual one on a ring."""
+        others = (self.devices - 1) / self.devices
+        rounds = {"all-reduce": 2 * others, "all-gather": others, "reduce-scatter": others, "all-to-all": others}
+        return self.total * rounds.get(self.kind, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """An array that an operation writes to memory, or an argument of the program."""
+
+    array: Array
+    op: str
+    of: str
+
+    @property
+    def bytes(self) -> int:
+        return self.array.bytes
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective of a program, in the order of the text. Loops whose number of turns only the data know count once."""
+    program = _parse(text)
+    found = []
+    for name, times in _times(program).items():
+        results = {each.name: each.arrays for each in program.computations[name]}
+        for one in program.computations[name]:
+            kind = one.op.removesuffix("-start")
+            if kind not in KINDS:
+                continue
+            arrays = tuple(array for operand in one.operands for array in results.get(operand, ()))
+            devices = _group(one.rest, program.partitions)
+            size = sum(array.bytes for array in arrays) * (devices if kind == "all-gather" else 1)
+            if "all-reduce-scatter" in name and kind == "all-reduce":
+                kind = "reduce-scatter"  # one fusion on a TPU: each device keeps its part of the sum
+            found.append(Collective(kind, size, times, one.of, devices, arrays))
+    return found
+
+
+def buffers(text: str, *, smallest: int = 1) -> list[Buffer]:
+    """What a program holds in main memory at one time or another, the largest first; an operation that is fused holds nothing.
+
+    Args:
+        smallest: buffers of fewer bytes are left out.
+    """
+    program = _parse(text)
+    found = []
+    for name in _times(program, fused=False):
+        for one in program.computations[name]:
+            if one.op in _NAMES_ONLY or one.op.endswith("-done") or (one.op == "parameter" and name != program.entry):
+                continue
+            found += [Buffer(array, one.op, one.of) for array in one.arrays if array.space == 0 and array.bytes >= smallest]
+    return sorted(found, key=lambda buffer: -buffer.bytes)
+
+
+def holding(text: str, sizes: Sequence[int]) -> list[Buffer]:
+    """Buffers that have an axis of each of these sizes (``holding(text, [tokens, vocabulary])``), the largest first.
+
+    Sizes are one device's: a batch of 512 over 8 devices is 64.
+    """
+    wanted = collections.Counter(sizes)
+    return [buffer for buffer in buffers(text) if wanted <= collections.Counter(buffer.array.shape)]
+
+
+# These name memory that another operation wrote.
+_NAMES_ONLY = {"tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "optimization-barrier", "after-all"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    arrays: tuple[Array, ...]
+    op: str
+    operands: tuple[str, ...]
+    rest: str
+
+    @property
+    def of(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    def computations(self) -> Iterator[tuple[str, str]]:
+        """``(attribute, computation)`` of all that this instruction calls; a reduction's function apart, which moves nothing."""
+        if self.op not in ("while", "conditional", "call", "fusion", "custom-call") and not self.op.endswith("-start"):
+            return
+        names = r"(body|condition|calls|to_apply|branch_computations|true_computation|false_computation|called_computations)"
+        for attribute, several, single in re.findall(rf"\b{names}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.rest):
+            if attribute == "to_apply" and self.op != "call":
+                continue
+            for name in (several or single).split(","):
+                yield attribute, name.strip().lstrip("%")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    computations: dict[str, list[_Instruction]]
+    entry: str
+    partitions: int
+
+
+@functools.lru_cache(maxsize=2)
+def _parse(text: str) -> _Program:
+    computations: dict[str, list[_Instruction]] = {}
+    entry, body = "", list[_Instruction]()
+    for line in text.splitlines():
+        if line[:1] == " ":
+            if (one := _instruction(line)) is not None:
+                body.append(one)
+        elif line.endswith("{") and (found := re.match(r"(ENTRY )?%?([\w.\-]+) ", line)):
+            body = computations.setdefault(found[2], [])
+            entry = found[2] if found[1] else entry
+    head = text.partition("\n")[0]
+    counts = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", head)]
+    return _Program(computations, entry, max(counts, default=1))
+
+
+def _instruction(line: str) -> _Instruction | None:
+    found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+    if not found:
+        return None
+    end = _closing(line, found.end()) if line[found.end()] == "(" else line.find(" ", found.end())
+    op = re.match(r" ?([\w\-]+)(?=\()", line[end:])
+    if not op:
+        return None
+    opened = end + op.end()
+    closed = _closing(line, opened)
+    operands = re.findall(r"%?([\w.\-]+)(?=[,)])", line[opened:closed])
+    return _Instruction(found[1], _arrays(line[found.end() : end]), op[1], tuple(operands), line[closed:])
+
+
+def _closing(line: str, opened: int) -> int:
+    """The place after the parenthesis that closes the one at ``opened``."""
+    depth = 0
+    for found in re.finditer(r"[()]", line[opened:]):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return opened + found.end()
+    return len(line)
+
+
+def _arrays(written: str) -> tuple[Array, ...]:
+    found = []
+    for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?", written):
+        space = re.search(r"S\((\d+)\)", layout)
+        found.append(Array(dtype, tuple(int(n) for n in re.findall(r"\d+", dims)), int(space[1]) if space else 0))
+    return tuple(found)
+
+
+def _times(program: _Program, *, fused: bool = True) -> dict[str, int]:
+    """How often a run of the program enters each computation; those of fusions on demand."""
+    times: collections.Counter[str] = collections.Counter()
+
+    def enter(name: str, count: int) -> None:
+        times[name] += count
+        for one in program.computations.get(name, ()):
+            for attribute, called in one.computations():
+                if called not in program.computations or (one.op == "fusion" and not fused):
+                    continue
+                enter(called, count * (_turns(program, one) if attribute == "body" else 1))
+
+    enter(program.entry, 1)
+    return dict(times)
+
+
+def _turns(program: _Program, loop: _Instruction) -> int:
+    """How often a while loop runs: as XLA says, else the one number that its counter is compared with; 1 where neither is known."""
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(found[1])
+    condition = dict(loop.computations()).get("condition", "")
+    limits = [
+        int(one.operands[0])
+        for one in program.computations.get(condition, ())
+        if one.op == "constant" and one.operands and one.operands[0].isdigit()
+    ]
+    return limits[0] if len(limits) == 1 else 1
+
+
+def _group(rest: str, partitions: int) -> int:
+    """Devices in a replica group, in any of the ways it is written; all of them where it is left empty."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']*)'", found[2]))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(found[2])
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(found[1].split(","))
+    return partitions
