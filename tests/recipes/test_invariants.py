@@ -25,6 +25,8 @@ from jkd.types import Term
 
 STEPS = 50
 GRADIENT = 2e-5
+# of the others the teacher is trained, or the student's own average, or there is none
+FROZEN = [name for name, row in ROWS.items() if row.make().needs_teacher and name not in ("MPL", "FST")]
 UNCOUPLED = [name for name, row in ROWS.items() if row.independent is not None]
 
 
@@ -125,14 +127,10 @@ def test_rows_of_weight_zero_change_nothing(name):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", FROZEN)
 def test_no_gradient_reaches_the_teacher_unless_declared(name):
     recipe = ROWS[name].make()
-    if not recipe.needs_teacher:
-        pytest.skip("it has no teacher")
     made = engine(name)
-    if "teacher" not in made.frozen["params"]:
-        pytest.skip("its teacher is trained, or the student's own average")
     rows = augment(made.ctx.run, tiny.batch(), jax.random.key(2))
     if made.ctx.prepares:
         rows = made.prepare(made.fresh(), made.frozen, made.put(tiny.batch()), 0)
