@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jkd import schedules, sharding, trees
+from jkd import schedules, sharding, tokens, trees
 from jkd.config import StudentEma
 from jkd.context import Context, augment, to_compute
 from jkd.errors import InputError
@@ -77,6 +77,8 @@ def _call(
 ) -> tuple[Outputs, Tree]:
     """Runs a network: weights cast and gathered at use, the student rematerialised, a stopped teacher stopped."""
     side = network if isinstance(network, str) else ""
+    if side == "teacher" and not part:
+        batch = tokens.for_teacher(batch)
     model = network if isinstance(network, Model) else ctx.networks[network]
     own = {"student": ctx.recipe.student_taps, "teacher": ctx.recipe.teacher_taps}
     taps = own.get(side, ()) if taps is None and not part else taps or ()

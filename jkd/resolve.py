@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jkd import trees
+from jkd import tokens, trees
 from jkd.cache import Cache
 from jkd.config import Ensemble, Run, StudentEma
 from jkd.context import Context, augment, explained, key_shape, to_compute
@@ -72,13 +72,14 @@ def _resolve(run: Run, mesh: Mesh, raw_batch: Batch, batch: Batch, train_size: i
         network = networks[side]
         if side == "teacher" and "teacher" in batch:
             return batch["teacher"]
+        own = tokens.for_teacher(batch) if side == "teacher" else batch
 
         def run_it(params, buffers, batch, key):
             cast = to_compute(run, params), buffers, to_compute(run, batch)
             return network.apply(*cast, taps=taps, train=side == "student", key=key)[0]
 
-        with explained(f"{side} {network.name} on a batch {_shapes(batch)}"):
-            return jax.eval_shape(run_it, params[side], buffers[side], batch, key_shape())
+        with explained(f"{side} {network.name} on a batch {_shapes(own)}"):
+            return jax.eval_shape(run_it, params[side], buffers[side], own, key_shape())
 
     student = outputs("student", recipe.student_taps)
     teacher = outputs("teacher", recipe.teacher_taps) if "teacher" in networks else None

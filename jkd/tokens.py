@@ -2,8 +2,9 @@
 
 ``tokens`` int ``[batch, time]``; ``mask`` (1 = real, 0 = padding); ``segment`` (int, one number for each document of a packed row);
 ``position`` (int, from 0 in every document); ``loss_mask`` (1 = this token is counted when it is predicted: a response, not its
-prompt); ``token_type`` (int, by which an encoder tells two texts apart). All but ``tokens`` may be missing. Where the teacher has
-another vocabulary its view of the same text is under the same names with ``teacher_`` before them.
+prompt); ``token_type`` (int, by which an encoder tells two texts apart); ``masked`` (1 = hidden, to be filled in). All but
+``tokens`` may be missing. Where the teacher has another vocabulary its view of the same text is under the same names with
+``teacher_`` before them.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ from jkd.recipes.attention import NST as NST
 from jkd.recipes.attention import OFD as OFD
 from jkd.recipes.banks import ELR as ELR
 from jkd.recipes.banks import PSKD as PSKD
+from jkd.recipes.bert import DistilBERT as DistilBERT
+from jkd.recipes.bert import TinyBERT as TinyBERT
+from jkd.recipes.bert import evenly as evenly
 from jkd.recipes.contrastive import CRD as CRD
 from jkd.recipes.features import VID as VID
 from jkd.recipes.features import FitNet as FitNet
@@ -52,6 +55,8 @@ from jkd.recipes.relations import RKD as RKD
 from jkd.recipes.relations import SP as SP
 from jkd.recipes.review import ReviewKD as ReviewKD
 from jkd.recipes.rollouts import Rollout as Rollout
+from jkd.recipes.salt import SALT as SALT
+from jkd.recipes.salt import learnable as learnable
 from jkd.recipes.selftrain import FixMatch as FixMatch
 from jkd.recipes.selftrain import FlexMatch as FlexMatch
 from jkd.recipes.selftrain import MeanTeacher as MeanTeacher
@@ -59,9 +64,12 @@ from jkd.recipes.several import MEALV2 as MEALV2
 from jkd.recipes.several import KnowledgeConcentration as KnowledgeConcentration
 from jkd.recipes.sparse import RandomSamplingKD as RandomSamplingKD
 from jkd.recipes.sparse import TopKKD as TopKKD
+from jkd.recipes.stages import ernie_tiny as ernie_tiny
+from jkd.recipes.stages import in_stages as in_stages
 from jkd.recipes.stages import two_stages as two_stages
 from jkd.recipes.standardized import Standardized as Standardized
 from jkd.recipes.standardized import StandardizedKD as StandardizedKD
+from jkd.recipes.swing import SwingKD as SwingKD
 from jkd.recipes.teaching import MCMI as MCMI
 from jkd.recipes.temperature import CTKD as CTKD
 from jkd.recipes.temperature import InstanceCTKD as InstanceCTKD
@@ -70,3 +78,4 @@ from jkd.recipes.transformers import MiniLMv2 as MiniLMv2
 from jkd.recipes.twoheads import DHKD as DHKD
 from jkd.recipes.twoheads import DHO as DHO
 from jkd.recipes.views import View as View
+from jkd.recipes.vocabularies import ULD as ULD

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from jkd import sparse
 from jkd.losses import chunked
 from jkd.types import Array, Outputs
@@ -59,6 +61,17 @@ def by_token(
 ) -> Array:
     """`by_part` of a single one."""
     return by_part([(1.0, part)], student, teacher, labels=labels, temperature=temperature, weights=weights)[0]
+
+
+def relative(weight: Array, among: Array) -> Array:
+    """Factor ``[batch, time]`` of a coefficient in a mix whose ``weights`` are ``among``, for a term that weighs tokens by ``weight``.
+
+    Of fewer tokens each weighs more in the mean. It says what gradient to prepare, of the rows at hand; what it comes to is the step's
+    alone, which takes the mean over the whole batch however that is cut.
+    """
+    share = weight / jnp.where(among > 0, among, 1)
+    total = weight.sum()
+    return share * (among.sum() / jnp.where(total > 0, total, 1))
 
 
 def _apart(outputs: Outputs) -> bool:

@@ -13,7 +13,7 @@ from jkd.errors import InputError
 from jkd.losses.chunked.parts import JS, AlphaBeta, CrossEntropy, Each, ForwardKL, Part, SkewReverseKL
 from jkd.models.generate import Sampling
 from jkd.recipe import Recipe, Vars
-from jkd.recipes.bytoken import by_part, by_token
+from jkd.recipes.bytoken import by_part, by_token, relative
 from jkd.recipes.rollouts import Rollout, with_masks
 from jkd.schedules import Clock, Schedule
 from jkd.types import Array, Batch, Term
@@ -51,9 +51,7 @@ class _ByToken(Recipe):
             (kd,) = by_part(mix, student, teacher, temperature=temperature, weights=weight)
             return {"kd": Term(kd, weight, coef)}
         written = weight * (1 - batch["own"][:, None]) if "own" in batch else weight
-        # of fewer tokens each weighs more in the mean
-        share = written / jnp.where(weight > 0, weight, 1) * (weight.sum() / jnp.where(written.sum() > 0, written.sum(), 1))
-        mix.append((self.task_weight * share, CrossEntropy()))
+        mix.append((self.task_weight * relative(written, weight), CrossEntropy()))
         kd, task = by_part(mix, student, teacher, labels=labels, temperature=temperature, weights=weight)
         return {"kd": Term(kd, weight, coef), "task": Term(task, written, self.task_weight)}
 

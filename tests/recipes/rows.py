@@ -83,12 +83,41 @@ def as_text(batch, key):
     return {**batch, "tokens": tokens, "mask": real.astype(jnp.uint8), "loss_mask": counted.astype(jnp.uint8)}
 
 
+def both_views(batch, key):
+    """A teacher of as many letters in other numbers, which reads the text from its second token on; who is private, and hidden."""
+    batch = as_text(batch, key)
+    theirs = {f"teacher_{name}": batch[name][:, 1:] for name in ("mask", "loss_mask")}
+    return {**batch, **theirs, "teacher_tokens": (batch["tokens"][:, 1:] + 1) % small.VOCAB}
+
+
+def private(batch, key):
+    """Every third place is half private, or wholly."""
+    batch = as_text(batch, key)
+    place = jnp.arange(12)[None] % 3
+    return {**batch, "privacy": jnp.where(place == 1, 1.0, jnp.where(place == 2, 0.5, 0.0)) * batch["mask"]}
+
+
+def masked(batch, key):
+    """A third of the tokens hidden, in the same places in every step."""
+    batch = as_text(batch, key)
+    chosen = (jnp.arange(12)[None] % 3 == 1) & (batch["mask"] > 0)
+    told = {"label": batch["tokens"], "masked": chosen.astype(jnp.uint8)}
+    return {**batch, "tokens": jnp.where(chosen, 0, batch["tokens"]), **told}
+
+
 TEXT = {
     "student": {"kind": small.chain},
     "teacher": {"kind": small.chain, "width": 6},
     "run": {"augment": (as_text,)},
     "rate": 1e-2,
 }
+READS = sides({"kind": small.reader, "depth": 1}, {"kind": small.reader}) | {"rate": 1e-2}
+LAYERS = dict(
+    student_hidden=("embed", "layer@0"),
+    teacher_hidden=("embed", "layer@1"),
+    student_attention=(("query@0", "key@0"),),
+    teacher_attention=(("query@1", "key@1"),),
+)
 SAYS = recipes.Rollout(prompt=4, length=6, end=0)
 PIXELS = {"run": {"augment": (by_pixel,)}}
 ATTENTION = dict(student_taps=small.QKV, teacher_taps=small.QKV)
@@ -177,5 +206,18 @@ ROWS = {
     "SeqKD": row(recipes.SeqKD, rollout=SAYS, nets=TEXT | {"rate": 5e-2}),
     "GKD": row(recipes.GKD, rollout=SAYS, share=0.5, nets=TEXT),
     "DistiLLM": row(recipes.DistiLLM, rollout=SAYS, capacity=40, look_every=5, threshold=0.8, nets=TEXT),
+    "SALT": row(recipes.SALT, until=0.5, nets=TEXT | {"rate": 5e-2}),
+    "SwingKD": row(recipes.SwingKD, noise=0.5, task_weight=0.5, nets=TEXT | {"run": {"augment": (private,)}, "rate": 5e-2}),
+    "ULD": row(
+        recipes.ULD,
+        nets=TEXT | {"teacher": {"kind": small.chain, "width": 6}, "run": {"augment": (both_views,)}, "rate": 5e-2},
+    ),
+    "TinyBERT": row(recipes.TinyBERT, **LAYERS, soft_weight=1.0, nets=READS | {"run": {"augment": (as_text,)}}),
+    "DistilBERT": row(
+        recipes.DistilBERT,
+        student_taps=("layer@0",),
+        teacher_taps=("layer@1",),
+        nets=READS | {"run": {"augment": (masked,)}},
+    ),
     "MiniLLM": row(recipes.MiniLLM, {"whiten": False}, rollout=SAYS, nets=TEXT),
 }

@@ -150,6 +150,34 @@ def chain(*, width=4, vocab=VOCAB, name="small chain") -> Model:
     return Model(init=init, apply=apply, params=params, buffers=buffers, cache=cache, name=name)
 
 
+def reader(*, width=8, heads=2, depth=2, vocab=VOCAB, name="small reader") -> Model:
+    """Tokens -> embedding (tap ``embed``) -> attention both ways (``layer@i``, ``query@i``, ``key@i``) -> hidden and head."""
+    shape = (width, heads, width // heads)
+
+    def init(key):
+        first, last, *keys = jax.random.split(key, 2 + depth)
+        layers = [
+            {tap: {"kernel": jax.random.normal(one, shape) / 2} for tap, one in zip(QKV, jax.random.split(key, 3), strict=True)}
+            for key in keys
+        ]
+        head = {"kernel": jax.random.normal(last, (width, vocab)) / 2}
+        embed = {"kernel": jax.random.normal(first, (vocab, width))}
+        return {"embed": embed, "head": head} | {f"layer{i}": layer for i, layer in enumerate(layers)}, {}
+
+    def apply(params, buffers, batch, *, taps=(), train=False, key=None):
+        x = jnp.take(params["embed"]["kernel"], batch["tokens"], axis=0)
+        found, real = {"embed": x}, batch.get("mask", jnp.ones_like(batch["tokens"])) > 0
+        for i in range(depth):
+            q, k, v = (jnp.einsum("btw,whd->bthd", x, params[f"layer{i}"][tap]["kernel"]) for tap in QKV)
+            attended = jax.nn.dot_product_attention(q, k, v, mask=real[:, None, None, :])
+            x = jnp.tanh(x + attended.reshape(x.shape))
+            found |= {f"query@{i}": q, f"key@{i}": k, f"layer@{i}": x}
+        return Outputs(hidden=x, head=params["head"]["kernel"], taps={path: found[path] for path in taps}), buffers
+
+    params, buffers = jax.eval_shape(init, jax.random.key(0))
+    return Model(init=init, apply=apply, params=params, buffers=buffers, name=name)
+
+
 def privileged(**options) -> Model:
     """`dense` with the labels' channel."""
     return NoisedLabels(network=dense(channels=3, **options), classes=tiny.CLASSES, scale=1.0).build()
