@@ -98,7 +98,8 @@ def _call(
 
     if ctx.run.remat is not None and train:
         run = jax.checkpoint(run, policy=ctx.run.remat)  # gathers again in the backward pass rather than keep whole weights
-    outputs, buffers = run(params, buffers, batch)
+    with jax.named_scope(group):  # a compiled program says whose its operations are
+        outputs, buffers = run(params, buffers, batch)
     if group == "teacher" and ctx.recipe.teacher_gradient == "stop" and "teacher" not in ctx.groups:
         outputs = jax.lax.stop_gradient(outputs)
     return outputs, models.buffers.get(group, {}) if part else buffers
