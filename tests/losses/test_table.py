@@ -44,7 +44,7 @@ def rows(condition):
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         condition = getattr(metafunc.function, "condition", lambda case: True)
-        metafunc.parametrize("case", filter(condition, CASES), ids=lambda case: case.name, scope="module")
+        metafunc.parametrize("case", [*filter(condition, CASES)], ids=lambda case: case.name, scope="module")
 
 
 first = rows(lambda case: case.name in FIRST)
