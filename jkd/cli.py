@@ -80,6 +80,16 @@ examples:
 Nothing is compiled or trained; weights are not made. Printed for each run: the resolved config, every module path of both
 networks with its shape (what is tapped is marked), the recipe's own parameters, its terms, and the memory of the state.
 """
+_EXPORT = """
+examples:
+  jkd export runs/digits-1a2b3c4d out                    the last run of the config
+  jkd export runs/digits-1a2b3c4d out --run teacher      another one
+  jkd export runs/qwen3-1a2b3c4d out --ema --dtype bfloat16
+
+Written: model.safetensors, model.stablehlo (the network as a program for CPUs, GPUs and TPUs, which jax.export.deserialize loads
+without jkd) and card.json. Networks of a published family become a directory that transformers loads, with the tokenizer, chat
+template and generation config of where they came from. What was written is read back, and its answers are compared.
+"""
 _RECIPES = """
 examples:
   jkd recipes
@@ -138,6 +148,12 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--html", metavar="FILE", help="where the page goes; default: report.html in the first folder")
     report.add_argument("--png", metavar="FILE", help="write a picture too")
     config(command("describe", "Show what a config means: shapes, terms, memory.", _DESCRIBE), file, "CONFIG")
+    export = command("export", "Write what was trained as files that others load.", _EXPORT)
+    export.add_argument("folder", metavar="RUN_DIR", help="a folder that jkd train made")
+    export.add_argument("directory", metavar="DIR", help="where to; made if need be, must be empty")
+    export.add_argument("--run", metavar="NAME", help="which run of the config; default: the last")
+    export.add_argument("--ema", action="store_true", help="the average's weights in place of the last step's")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as they are")
     recipes = command("recipes", "List every method with its citation and what it needs.", _RECIPES)
     recipes.add_argument("--json", action="store_true", help="as JSON")
     configs = command("configs", "List the packaged configs, or print one.", _CONFIGS)

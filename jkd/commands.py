@@ -236,6 +236,22 @@ def _write(file: str, content: bytes, option: str) -> None:
     print(f"wrote {file}", file=sys.stderr)
 
 
+def export(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd export``."""
+    _require(_PACKAGES)
+    from jkd import console, devices, replay
+
+    devices.start(None)
+    from etils import epath
+
+    from jkd.export import export as write
+
+    workdir, tell = epath.Path(arguments.folder), console.Watch().message
+    stand = replay.stand(replay.experiment_of(workdir), workdir, arguments.run, tell)
+    write(stand, arguments.directory, ema=arguments.ema or None, dtype=arguments.dtype, said=tell)
+    return 0
+
+
 def describe(arguments: argparse.Namespace, typed: str) -> int:
     """``jkd describe``."""
     _require(_PACKAGES)
