@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jkd.data.texts import Documents
+from jkd.data.texts import Documents, Written
 from jkd.data.tokenizer import Tokenizer
 from jkd.errors import InputError
 
@@ -82,7 +82,7 @@ def _kinds(dtype: Any) -> list[tuple[str, Any]]:
 
 def _encoded(documents: Documents, tokenizer: Tokenizer, dtype: Any) -> Iterator[tuple[np.ndarray, ...]]:
     """``(tokens, counted, lengths, bytes)`` of some documents at a time."""
-    begin, end = ([] if special is None else [special] for special in (tokenizer.begin, tokenizer.end))
+    around = [[] if special is None else [special] for special in (tokenizer.begin, tokenizer.end)]
     for first in range(0, len(documents), _AT_ONCE):
         some = [documents[number] for number in range(first, min(first + _AT_ONCE, len(documents)))]
         parts = [(one,) if isinstance(one, str) else one for one in some]
@@ -90,6 +90,7 @@ def _encoded(documents: Documents, tokenizer: Tokenizer, dtype: Any) -> Iterator
         tokens, counted = [], []
         for texts in parts:
             pieces = [next(numbers) for _ in texts]
+            begin, end = ([], []) if isinstance(texts, Written) else around
             # of a conversation every other text is a response; its end counts with the last one
             said = [len(texts) == 1 or place % 2 == 1 for place in range(len(texts))]
             tokens.append(np.concatenate([begin, *pieces, end]).astype(dtype))

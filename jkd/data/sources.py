@@ -13,6 +13,7 @@ from jkd.data.batch import Record
 from jkd.data.labels import Labelled, check_fraction, checksum, mask_of
 from jkd.data.order import check_seed, choose
 from jkd.data.pipeline import Data, Map, Source
+from jkd.data.vision import pixels
 from jkd.errors import InputError, MissingExtra
 
 
@@ -87,6 +88,7 @@ def source(
     train: Any,
     *,
     eval: Any = None,
+    columns: Mapping[str, str] | None = None,
     classes: int | None = None,
     labelled: float | np.ndarray | None = None,
     seed: int = 0,
@@ -96,13 +98,18 @@ def source(
     workers: int = 0,
     name: str | None = None,
 ) -> Data:
-    """Examples from anything with ``__len__`` and ``__getitem__`` (index to dict): a list, a PyTorch-style dataset, a database.
+    """Examples from anything with ``__len__`` and ``__getitem__`` (index to dict): a list, a PyTorch-style dataset, a database,
+    a Hugging Face ``Dataset``: ``source(load_dataset("cifar10", split="train"), columns={"image": "img"}, …)``. Of text see
+    `jkd.data.documents`, which takes the same objects.
 
     Args:
         train: gives ``dict(image=…, label=…)``; values that are not numbers (names, file paths) reach the maps and then go.
             It is read from several threads at once, through ``__getitems__`` (indices to a list of dicts) where it has that.
+            Images that Pillow has opened become RGB (gray ones, one channel).
         eval: likewise, or None.
-        classes: number of classes; labels are checked against it. None: unknown, unchecked.
+        columns: ``{key: theirs}`` where they call something otherwise; what no entry names keeps its name.
+        classes: number of classes; labels are checked against it. None: what a Hugging Face ``Dataset`` says of its labels, else
+            unknown and unchecked.
         labelled: a fraction of the training examples (at most so many, drawn from ``seed`` regardless of class: labels are not
             read beforehand), or a mask ``[examples]``.
         seed: of that draw.
@@ -113,7 +120,8 @@ def source(
         name: for tables and messages; default: the object's type.
 
     Raises:
-        InputError: no ``__len__`` or ``__getitem__``, an empty set, ``labelled`` outside 0..1 or of another length.
+        InputError: no ``__len__`` or ``__getitem__``, an empty set, a column that is not there, ``labelled`` outside 0..1 or of
+            another length.
     """
     name = name or type(train).__name__
     for kind, each in (("train", train), ("eval", eval)):
@@ -121,13 +129,19 @@ def source(
             raise InputError(f"data.source({kind}={type(each).__name__}): needs __len__ and __getitem__")
     if len(train) == 0 or (eval is not None and len(eval) == 0):
         raise InputError(f"{name}: the {'training' if len(train) == 0 else 'evaluation'} set is empty")
-    records: Source = Records(train, classes=classes)
+    columns = dict(columns or {})
+    if classes is None:
+        features = getattr(train, "features", None) or {}
+        classes = (
+            getattr(features.get(columns.get("label", "label")), "num_classes", None) if hasattr(features, "get") else None
+        )
+    records: Source = Records(train, classes=classes, columns=columns)
     if labelled is not None:
         mask_of(labelled, len(train), seed)  # says at once what is wrong with it
         records = Labelled(records, labelled, seed)
     return Data(
         train=records,
-        eval=None if eval is None else Records(eval, classes=classes),
+        eval=None if eval is None else Records(eval, classes=classes, columns=columns),
         train_maps=tuple(train_maps),
         eval_maps=tuple(eval_maps),
         threads=threads,
@@ -203,8 +217,9 @@ def _digits(split: str, labelled: float, seed: int) -> dict[str, np.ndarray]:
 class Records:
     """A `Source` that reads one record after another from an object with ``__len__`` and ``__getitem__``."""
 
-    def __init__(self, read: Any, *, classes: int | None = None):
+    def __init__(self, read: Any, *, classes: int | None = None, columns: Mapping[str, str] | None = None):
         self._read = read
+        self._columns = dict(columns or {})
         self.classes = classes
 
     def __len__(self) -> int:
@@ -219,15 +234,28 @@ class Records:
         for position, (index, record) in enumerate(zip(indices, records, strict=True)):
             if not isinstance(record, Mapping):
                 raise InputError(f"record {index} is a {type(record).__name__}, not a dict like dict(image=…, label=…)")
-            # A copy: maps may change a record in place, and the object may hand out what it keeps.
-            records[position] = dict(record)
+            records[position] = self._named(dict(record), index)
         return records
+
+    def _named(self, record: Record, index: int) -> Record:
+        """A copy (maps may change it in place, and the object may hand out what it keeps) under the names that batches have."""
+        for theirs in self._columns.values():
+            if theirs not in record:
+                raise InputError(f"record {index} has no column {theirs!r}; there are: {', '.join(map(repr, record))}")
+        taken = {name: record[theirs] for name, theirs in self._columns.items()}
+        record = {name: value for name, value in record.items() if name not in self._columns.values()} | taken
+        image = record.get("image")
+        if hasattr(image, "convert") and hasattr(image, "mode"):  # Pillow's, which need not be installed
+            record["image"] = pixels(image, 1 if image.mode in ("1", "L") else 3)
+        return record
 
     def example(self) -> Record:
         return self.records([0])[0]
 
     def __repr__(self) -> str:
-        return f"Records({type(self._read).__name__}, {len(self)} examples, classes={self.classes})"
+        own = getattr(self._read, "_fingerprint", None)  # a Hugging Face data set's, of all that made it
+        more = (f", fingerprint={own}" if own else "") + (f", columns={self._columns}" if self._columns else "")
+        return f"Records({type(self._read).__name__}, {len(self)} examples, classes={self.classes}{more})"
 
 
 def _columns(columns: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Text as rows of tokens: `documents`, `text_files`, `tfds_text`, `stdlib_text`.
+"""Text as rows of tokens: `documents`, `text_files`, `jsonl`, `parquet`, `tfds_text`, `stdlib_text`.
 
 Records hold ``tokens`` int32 ``[length]``, ``mask`` (1 = real), ``segment`` (0 is padding, documents count from 1), where there are
 prompts ``loss_mask`` (1 = counted), and in evaluation ``bytes``: how much of the text each token stands for, which is what bits per
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from jkd.data import corpus as tokenised
 from jkd.data.batch import Record
 from jkd.data.corpus import Corpus, Layout, Rows
 from jkd.data.pipeline import Data, Source
+from jkd.data.tables import Columns, JsonLines, Parquet, Records
 from jkd.data.texts import Document, Documents, Listed, TfdsText, conversational, matching, standard_library
 from jkd.data.tokenizer import Bytes, Tokenizer
 from jkd.data.views import Subset
@@ -25,11 +26,13 @@ from jkd.errors import InputError
 
 
 def documents(
-    train: Documents | Sequence[Document],
+    train: Documents | Records | Sequence[Document],
     *,
-    eval: Documents | Sequence[Document] | None = None,
+    eval: Documents | Records | Sequence[Document] | None = None,
     length: int,
     tokenizer: Tokenizer | None = None,
+    columns: str | Sequence[str] | None = None,
+    template: str | None = None,
     layout: Layout = "stream",
     eval_rows: int | None = None,
     folder: str | os.PathLike[str] | None = None,
@@ -41,10 +44,15 @@ def documents(
     at the same row after a restart, on any number of hosts.
 
     Args:
-        train: a list, or anything with ``__len__`` and ``__getitem__`` whose repr says what it is.
+        train: a list, or anything with ``__len__`` and ``__getitem__`` whose repr says what it is. Its items may be dicts, as
+            those of a Hugging Face ``Dataset`` are: see ``columns``.
         eval: likewise for evaluation.
         length: tokens in a row.
         tokenizer: bytes by default; `jkd.data.tokenizer.File` reads a tokenizer.json.
+        columns: of dicts: the one that holds text or chat messages (``[{"role": …, "content": …}, …]``), or several that make a
+            conversation, prompt first; None: ``messages``, else ``prompt`` and ``completion``, else ``text``.
+        template: of chats, in Jinja; None: the one published with the tokenizer. What assistants say, with the end of their turn,
+            is counted, and no more (`jkd.data.chat.Template`).
         layout: ``stream``: the documents one after the other, cut into rows; ``fit``: whole documents, as many in a row as fit;
             ``pad``: one document in a row. The last two cut what is longer than a row.
         eval_rows: evaluate so many rows, spread over the evaluation text; None: all.
@@ -62,7 +70,14 @@ def documents(
     place = None if folder is None else os.fspath(folder)
 
     def source(texts: Any, **options: Any) -> Text:
-        texts = Listed(texts) if isinstance(texts, list | tuple) else texts
+        if not isinstance(texts, Documents):
+            raise InputError(f"{name}: a {type(texts).__name__} is no text: it needs __len__ and __getitem__")
+        # what is read from files says what it is, and is not opened yet
+        said = isinstance(texts, JsonLines | Parquet) or hasattr(texts, "conversational")
+        if isinstance(texts, JsonLines | Parquet) or (not said and len(texts) and isinstance(texts[0], Mapping)):
+            texts = Columns(texts, columns, tokenizer, template, name)
+        elif isinstance(texts, list | tuple):
+            texts = Listed(texts)
         return Text(texts, tokenizer, length, layout, place, **options)
 
     held_out: Source | None = None if eval is None else source(eval, bytes=True)
@@ -85,6 +100,38 @@ def text_files(
 
     def found(patterns: str | Sequence[str]) -> Documents:
         return matching(*([patterns] if isinstance(patterns, str) else patterns))
+
+    return documents(found(train), eval=None if eval is None else found(eval), name=name, **options)
+
+
+def jsonl(train: str | Sequence[str], *, eval: str | Sequence[str] | None = None, name: str = "jsonl", **options: Any) -> Data:
+    """JSON lines by glob patterns: ``jsonl("chats/train-*.jsonl", eval="chats/valid.jsonl", tokenizer=…, length=1024)``.
+
+    Each line is an object with ``messages`` (a chat), ``prompt`` and ``completion``, or ``text``; or name ``columns``.
+
+    Args:
+        train: pattern, or several.
+        eval: likewise.
+        name: for tables and messages.
+        **options: see `documents`.
+
+    Raises:
+        InputError: when first read: no such file, a line that is no JSON object, a column that is not there (it lists those that
+            are), messages without a chat template.
+    """
+    return _table(JsonLines, train, eval, name, options)
+
+
+def parquet(
+    train: str | Sequence[str], *, eval: str | Sequence[str] | None = None, name: str = "parquet", **options: Any
+) -> Data:
+    """Parquet files by glob patterns, with columns as `jsonl` has them; they are held in memory as Arrow has them."""
+    return _table(Parquet, train, eval, name, options)
+
+
+def _table(kind: Any, train: Any, eval: Any, name: str, options: dict[str, Any]) -> Data:
+    def found(patterns: str | Sequence[str]) -> Any:
+        return kind(*([patterns] if isinstance(patterns, str) else patterns))
 
     return documents(found(train), eval=None if eval is None else found(eval), name=name, **options)
 

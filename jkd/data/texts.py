@@ -18,6 +18,10 @@ Document = str | tuple[str, ...]
 """A text; or a conversation ``(prompt, response, prompt, response, …)``, of which the responses alone are counted."""
 
 
+class Written(tuple[str, ...]):
+    """A conversation that a template wrote out, in the same order: the tokens around it are in it, and none are added."""
+
+
 @runtime_checkable
 class Documents(Protocol):
     """Texts by number. Their ``repr`` says which they are, for a config's record."""
@@ -76,13 +80,17 @@ class Files:
     conversational = False
 
     def __init__(self, name: str, find: Callable[[], tuple[Path, list[Path]]]):
-        self._name, self._find = name, find
+        self.name, self._find = name, find
+
+    @property
+    def paths(self) -> list[Path]:
+        return self._files[1]
 
     @functools.cached_property
     def _files(self) -> tuple[Path, list[Path]]:
         root, files = self._find()
         if not files:
-            raise InputError(f"{self._name}: no files")
+            raise InputError(f"{self.name}: no files")
         return root, files
 
     def __len__(self) -> int:
@@ -99,7 +107,7 @@ class Files:
         root, files = self._files
         sizes = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in files]
         said = hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
-        return f"Files({self._name}, {len(files)} files, {sum(size for _, size in sizes)} bytes, sha256={said})"
+        return f"Files({self.name}, {len(files)} files, {sum(size for _, size in sizes)} bytes, sha256={said})"
 
 
 def matching(*patterns: str | os.PathLike[str]) -> Files:

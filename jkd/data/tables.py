@@ -1,0 +1,199 @@
+"""Text in tables: JSON lines, Parquet, or any sequence of dicts (a Hugging Face ``Dataset`` is one), by the columns they have."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from jkd.data.chat import Template
+from jkd.data.texts import Document, matching
+from jkd.data.tokenizer import Tokenizer
+from jkd.errors import InputError, MissingExtra, nearest
+
+COLUMNS = (("messages",), ("prompt", "completion"), ("text",))
+"""What is looked for where no columns are named, in this order: a chat, a prompt and its answer, plain text."""
+
+
+class Records(Protocol):
+    """Dicts by number; the repr says which they are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+class Columns:
+    """`Documents` from the columns of a table.
+
+    Args:
+        records: dicts with the same keys.
+        columns: the column that holds texts or chats, or several that make a conversation, prompt first; None: the first of
+            `COLUMNS` that is there.
+        tokenizer: whose chat template writes messages.
+        template: another one.
+        name: for messages.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        columns: str | Sequence[str] | None,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        name: str = "the table",
+    ):
+        self._records, self._tokenizer, self._given, self._name = records, tokenizer, template, name
+        self._wanted = (columns,) if isinstance(columns, str) else None if columns is None else tuple(columns)
+
+    @functools.cached_property
+    def _columns(self) -> tuple[str, ...]:
+        if len(self._records) == 0:
+            raise InputError(f"{self._name} has no rows")
+        there = list(self._records[0])
+        if self._wanted is not None:
+            for column in self._wanted:
+                if column not in there:
+                    raise InputError(f"{self._name} has no column {column!r}{nearest(column, there)} (columns: {_list(there)})")
+            return self._wanted
+        for columns in COLUMNS:
+            if set(columns) <= set(there):
+                return columns
+        raise InputError(
+            f"{self._name} has none of the columns messages, prompt and completion, or text; name yours with columns=; "
+            f"there are: {_list(there)}"
+        )
+
+    @functools.cached_property
+    def _template(self) -> Template:
+        return Template.of(self._tokenizer, self._given)
+
+    @functools.cached_property
+    def conversational(self) -> bool:
+        return len(self._columns) > 1 or not isinstance(self._records[0][self._columns[0]], str)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Document:
+        columns, record = self._columns, self._records[index]
+        try:
+            parts = tuple(record[column] for column in columns)
+        except KeyError as error:
+            raise InputError(f"{self._name}, row {index}: no column {error}; there are: {_list(record)}") from None
+        if len(parts) == 1 and isinstance(parts[0], Sequence) and not isinstance(parts[0], str):
+            try:
+                return self._template([dict(message) for message in parts[0]])
+            except (InputError, TypeError, ValueError) as error:
+                raise InputError(f"{self._name}, row {index}: {error}") from error
+        for column, part in zip(columns, parts, strict=True):
+            if not isinstance(part, str):
+                raise InputError(f"{self._name}, row {index}: {column} is {type(part).__name__}, not text")
+        return parts[0] if len(parts) == 1 else parts
+
+    def __repr__(self) -> str:
+        template = f", template={_sha(self._template.text.encode())}" if self._chats else ""
+        return f"Columns({said(self._records)}, {', '.join(self._columns)}{template})"
+
+    @property
+    def _chats(self) -> bool:
+        return len(self._columns) == 1 and self.conversational
+
+
+class JsonLines:
+    """A record for each line of some files."""
+
+    def __init__(self, *patterns: str | os.PathLike[str]):
+        self._files = matching(*patterns)
+
+    @functools.cached_property
+    def _lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every line that is not empty: its file, where it begins, and its number there."""
+        found: list[tuple[int, int, int]] = []
+        for number, path in enumerate(self._files.paths):
+            with path.open("rb") as file:
+                start = 0
+                for count, line in enumerate(file, 1):
+                    if line.strip():
+                        found.append((number, start, count))
+                    start += len(line)
+        files, starts, counts = np.array(found, np.int64).reshape(-1, 3).T
+        return files, starts, counts
+
+    def __len__(self) -> int:
+        return len(self._lines[0])
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        number, start, count = (int(column[index]) for column in self._lines)
+        path = self._files.paths[number]
+        with path.open("rb") as file:
+            file.seek(start)
+            line = file.readline()
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {count}: no JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, line {count}: a {type(record).__name__}, not an object with columns")
+        return record
+
+    def __repr__(self) -> str:
+        return repr(self._files)
+
+
+class Parquet:
+    """The rows of some Parquet files."""
+
+    def __init__(self, *patterns: str | os.PathLike[str]):
+        self._files = matching(*patterns)
+
+    @functools.cached_property
+    def _table(self) -> Any:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise MissingExtra('Parquet files need pyarrow: pip install "jkd[train]"') from error
+        parts = []
+        for path in self._files.paths:
+            try:
+                parts.append(pyarrow.parquet.read_table(path))
+            except pyarrow.ArrowException as error:
+                raise InputError(f"{path}: no Parquet file ({error})") from error
+        try:
+            return pyarrow.concat_tables(parts).combine_chunks()
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{self._files.name}: the files' columns differ ({error})") from error
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return {name: column[index].as_py() for name, column in zip(self._table.column_names, self._table.columns, strict=True)}
+
+    def __repr__(self) -> str:
+        return repr(self._files)
+
+
+def said(records: Any) -> str:
+    """Which records these are, for a config's record: their repr, a data set's own fingerprint, a checksum of a list."""
+    kind = type(records).__name__
+    if (own := getattr(records, "_fingerprint", None)) is not None:  # of a Hugging Face data set: of all that made it
+        return f"{kind}({len(records)} rows, fingerprint={own})"
+    if isinstance(records, list | tuple):
+        text = json.dumps(records, sort_keys=True, default=repr)
+        return f"{kind}({len(records)} rows, sha256={_sha(text.encode())})"
+    return repr(records)
+
+
+def _list(columns: Any) -> str:
+    return ", ".join(map(repr, columns))
+
+
+def _sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
