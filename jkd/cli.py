@@ -23,6 +23,7 @@ examples:
   jkd configs digits > mine.py           copy it, edit it, then
   jkd train mine.py --set steps=200      run it with another value of a parameter of config()
   jkd describe mine.py                   shapes, terms and memory, without compiling
+  jkd plan mine.py --topology v5e:16x16  what it would need and take on a pod that is not here
   jkd report runs/mine-1a2b3c4d          tables and curves of what was trained
   jkd recipes                            every method with its citation
   jkd train --help                       more on training
@@ -90,6 +91,17 @@ Written: model.safetensors, model.stablehlo (the network as a program for CPUs, 
 without jkd) and card.json. Networks of a published family become a directory that transformers loads, with the tokenizer, chat
 template and generation config of where they came from. What was written is read back, and its answers are compared.
 """
+_PLAN = """
+examples:
+  jkd plan digits --topology v5e:16x16 --set '*.batch_size=1024'
+  jkd plan mine.py --topology v5p:4x4x8 --set student.mesh.data=1 --set student.mesh.fsdp=128
+  jkd plan mine.py --topology gpu:h100x8 --json plan.json --price-per-chip-hour 2.5
+
+Compiles the run's train step for devices that are not here: does it fit, what do the devices tell each other, what bounds it, how
+long and how dear is the run. TPUs (v5e, v5p, v6e) need their compiler, no TPU: pip install 'jkd[tpu]'. For GPUs (a100, h100, h200,
+b200) the CPU's compiler stands in: bytes of parameters, optimizer and teacher are exact, temporaries and times are estimates.
+--json FILE keeps {chips, mesh, fits, bytes_per_chip, flops_per_step, collectives, predicted_step_s, bound_by, compile_s}.
+"""
 _RECIPES = """
 examples:
   jkd recipes
@@ -154,6 +166,15 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--run", metavar="NAME", help="which run of the config; default: the last")
     export.add_argument("--ema", action="store_true", help="the average's weights in place of the last step's")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as they are")
+    plan = command("plan", "Compile a run for devices that are not here: memory, collectives, time, cost.", _PLAN)
+    plan.add_argument("config", metavar="CONFIG", help=file)
+    plan.add_argument("--topology", metavar="NAME", required=True, help="v5e:16x16, v5p:4x4x8, v6e:8x8, gpu:h100x8, cpu:8, …")
+    plan.add_argument(
+        "--set", dest="sets", metavar="NAME=VALUE", action="append", default=[], help="change a value of the config"
+    )
+    plan.add_argument("--run", metavar="NAME", help="which run; default: student, else the last that has a teacher")
+    plan.add_argument("--json", metavar="FILE", help="write the figures there")
+    plan.add_argument("--price-per-chip-hour", metavar="PRICE", type=float, dest="price", help="for the cost of the whole run")
     recipes = command("recipes", "List every method with its citation and what it needs.", _RECIPES)
     recipes.add_argument("--json", action="store_true", help="as JSON")
     configs = command("configs", "List the packaged configs, or print one.", _CONFIGS)

@@ -265,6 +265,23 @@ def describe(arguments: argparse.Namespace, typed: str) -> int:
     return 0
 
 
+def plan(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd plan``."""
+    _require(_PACKAGES)
+    from jkd import topology
+
+    devices = topology.of(arguments.topology)  # first of all: jax begins with these
+    from jkd import plan as plans
+    from jkd import plantext
+
+    name, run = plans.pick(configfile.resolve(configfile.load(arguments.config), arguments.sets), arguments.run)
+    made = plans.plan(run, devices)
+    print(plantext.text(name, made, price=arguments.price), end="")
+    if arguments.json:
+        _write(arguments.json, (json.dumps(made.as_json(), indent=1) + "\n").encode(), "--json")
+    return 0
+
+
 def recipes(arguments: argparse.Namespace, typed: str) -> int:
     """``jkd recipes``."""
     from jkd import catalogue

@@ -113,15 +113,15 @@ def _of_first_input(closed: core.ClosedJaxpr, output: core.Var) -> Callable[[int
     return lambda value: float(core.jaxpr_as_fun(small)(np.int32(value))[0])
 
 
-def _context(run: Run) -> Context:
+def context(run: Run, devices: list[Any] | None = None) -> Context:
     """The run's context; of data that is not on this machine the shapes are known and the size is not."""
     if run.data is None:
-        return make_context(run)
+        return make_context(run, devices=devices)
     try:
         size: int | None = run.data.train_size
     except InputError:
         size = None
-    return make_context(run, run.data.spec(run.batch_size), train_size=size)
+    return make_context(run, run.data.spec(run.batch_size), train_size=size, devices=devices)
 
 
 def _node(name: str, run: Run, students: dict[str, Model]) -> str:
@@ -131,14 +131,14 @@ def _node(name: str, run: Run, students: dict[str, Model]) -> str:
     if unknown:
         lines += ["", f"teacher: what the node {run.teacher!r} gives; shapes are known when it has run"]
         return "\n".join(lines) + "\n"
-    ctx = _context(resolved)
+    ctx = context(resolved)
     lines += ["", *_sides(ctx), "", *_paths(ctx)]
     if own := ctx.vars.params:
         lines += ["", "parameters of the recipe"]
-        lines += _columns(
+        lines += columns(
             [(f"{group}/{path}", _shape(leaf)) for group in own for path, leaf in trees.flatten(own[group]).items()]
         )
-    lines += ["", "terms", *_columns([(term, _coefficient(*ends)) for term, ends in terms(ctx).items()])]
+    lines += ["", "terms", *columns([(term, _coefficient(*ends)) for term, ends in terms(ctx).items()])]
     lines += ["", "memory of the state, MiB", *_memory(ctx)]
     return "\n".join(lines) + "\n"
 
@@ -189,7 +189,7 @@ def _paths(ctx: Context) -> list[str]:
         rows += [("*", tap, "") for tap in taps[side] if tap not in known]  # with #call or @layer
         sides.append([("", side, ""), *rows])
     joined = [tuple(itertools.chain(*cells)) for cells in itertools.zip_longest(*sides, fillvalue=("", "", ""))]
-    return ["module paths (* is tapped)", *_columns(joined)]
+    return ["module paths (* is tapped)", *columns(joined)]
 
 
 def _memory(ctx: Context) -> list[str]:
@@ -197,7 +197,7 @@ def _memory(ctx: Context) -> list[str]:
     parts.append(Part("all", sum(part.total for part in parts), sum(part.per_device for part in parts)))
     rows = [("", "total", "per device")]
     rows += [(part.name, f"{part.total / MIB:,.3f}", f"{part.per_device / MIB:,.3f}") for part in parts]
-    return _columns(rows, right=(1, 2))
+    return columns(rows, right=(1, 2))
 
 
 def _part(name: str, shapes: Tree, places: Tree) -> Part:
@@ -219,7 +219,8 @@ def _shape(leaf: Any) -> str:
     return f"{leaf.dtype.name}{list(leaf.shape)}"
 
 
-def _columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), indent: str = "  ") -> list[str]:
+def columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), indent: str = "  ") -> list[str]:
+    """A table as lines; the columns named in ``right`` are flush right."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))] if rows else []
     align: Callable[[int], str] = lambda place: ">" if place in right else "<"  # noqa: E731
     return [(indent + "  ".join(f"{cell:{align(i)}{widths[i]}}" for i, cell in enumerate(row))).rstrip() for row in rows]

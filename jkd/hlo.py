@@ -79,19 +79,26 @@ class Buffer:
 def collectives(text: str) -> list[Collective]:
     """Every collective of a program, in the order of the text. Loops whose number of turns only the data know count once."""
     program = _parse(text)
-    found = []
+    callers = {called: one for body in program.computations.values() for one in body for _, called in one.computations()}
+    found, chains = [], set[tuple[str, str]]()
     for name, times in _times(program).items():
         results = {each.name: each.arrays for each in program.computations[name]}
         for one in program.computations[name]:
             kind = one.op.removesuffix("-start")
             if kind not in KINDS:
                 continue
+            if chain := re.search(r'channel_id=(\d+).*chain_id="(\d+)"', one.rest):
+                # a TPU moves pieces of one collective in several fusions, each of which shows it whole
+                if chain.groups() in chains:
+                    continue
+                chains.add((chain[1], chain[2]))
             arrays = tuple(array for operand in one.operands for array in results.get(operand, ()))
             devices = _group(one.rest, program.partitions)
             size = sum(array.bytes for array in arrays) * (devices if kind == "all-gather" else 1)
             if "all-reduce-scatter" in name and kind == "all-reduce":
                 kind = "reduce-scatter"  # one fusion on a TPU: each device keeps its part of the sum
-            found.append(Collective(kind, size, times, one.of, devices, arrays))
+            of = one.of or (callers[name].of if name in callers else "")
+            found.append(Collective(kind, size, times, of, devices, arrays))
     return found
 
 
@@ -120,6 +127,76 @@ def holding(text: str, sizes: Sequence[int]) -> list[Buffer]:
     return [buffer for buffer in buffers(text) if wanted <= collections.Counter(buffer.array.shape)]
 
 
+def traffic(text: str) -> int:
+    """Bytes that a device reads from main memory and writes to it in one run of a program, as its operations are fused.
+
+    Of an array that a scan cuts a layer from, or puts one into, the layer counts.
+    """
+    program = _parse(text)
+    moved = 0
+    for name, times in _times(program, fused=False).items():
+        known = {one.name: one for one in program.computations[name]}
+        moved += times * sum(_moved(program, one, known) for one in known.values() if one.works)
+    return moved
+
+
+def kept(text: str) -> int:
+    """Bytes that the forward pass leaves in main memory for the backward pass, by the operations' names: an estimate.
+
+    An array counts that JAX made under ``jvp`` and that an operation under ``transpose`` reads.
+    """
+    program = _parse(text)
+    total = 0
+    for name in _times(program, fused=False):
+        known = program.computations[name]
+        users = collections.defaultdict(list)
+        for one in known:
+            for operand in one.operands:
+                users[operand].append(one)
+
+        def backward(name: str, users: dict[str, list[_Instruction]] = users) -> bool:
+            found = users.get(name, ())
+            return any("transpose(" in one.of or (one.op in ("tuple", "bitcast") and backward(one.name)) for one in found)
+
+        made = [one for one in known if "jvp(" in one.of and "transpose(" not in one.of]
+        loops = {one.name for one in known if one.op == "while"}
+        made = [one for one in made if one.works or (one.op == "get-tuple-element" and loops & set(one.operands))]
+        total += sum(array.bytes for one in made if backward(one.name) for array in one.arrays if array.space == 0)
+    return total
+
+
+def _moved(program: _Program, one: _Instruction, known: dict[str, _Instruction]) -> int:
+    """Bytes that one operation reads and writes."""
+
+    def size(arrays: Sequence[Array]) -> int:
+        return sum(array.bytes for array in arrays if array.space == 0)
+
+    operands = [known[name].arrays if name in known else () for name in one.operands]
+    if one.op in _CUTS:
+        return 2 * size(one.arrays)
+    if one.op == "dynamic-update-slice":
+        return 2 * size(operands[1])
+    if one.op == "copy-start":
+        return size(operands[0]) + size(one.arrays[:1])
+    if one.op != "fusion":
+        return size(one.arrays) + sum(map(size, operands))
+    body = next((program.computations.get(called, []) for _, called in one.computations()), [])
+    within = {each.name: each for each in body}
+    written = size(one.arrays)
+    for each in body:
+        if each.op == "dynamic-update-slice" and (whole := within.get(each.operands[0])) and whole.op == "parameter":
+            place = int(whole.operands[0])
+            written -= size(operands[place]) - 2 * size(within[each.operands[1]].arrays)
+            operands[place] = ()
+    for each in body:
+        readers = [reader for reader in body if each.name in reader.operands]
+        if each.op == "parameter" and readers and all(r.op in _CUTS and r.operands[0] == each.name for r in readers):
+            place = int(each.operands[0])
+            operands[place] = tuple(array for reader in readers for array in reader.arrays) if operands[place] else ()
+    return max(written, 0) + sum(map(size, operands))
+
+
+_CUTS = {"dynamic-slice", "slice", "gather"}
 # These name memory that another operation wrote.
 _NAMES_ONLY = {"tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "optimization-barrier", "after-all"}
 
@@ -136,6 +213,11 @@ class _Instruction:
     def of(self) -> str:
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else ""
+
+    @property
+    def works(self) -> bool:
+        """Whether it reads or writes memory by itself."""
+        return self.op not in _NAMES_ONLY and self.op not in ("parameter", "constant") and not self.op.endswith("-done")
 
     def computations(self) -> Iterator[tuple[str, str]]:
         """``(attribute, computation)`` of all that this instruction calls; a reduction's function apart, which moves nothing."""
