@@ -67,6 +67,7 @@ class Ensemble:
 METRICS = (
     *("accuracy", "nll", "bits_per_byte", "ece", "agreement", "kl"),
     *("teacher_accuracy", "teacher_nll", "teacher_bits_per_byte", "teacher_ece"),
+    *("oracle_agreement", "oracle_kl"),
 )
 """What an evaluation may give (`jkd.evaluate`), and so what `Run.best` may name."""
 
@@ -83,6 +84,8 @@ class Run:
         optimizer: one for every group, or ``{group: Optimizer}`` where ``"*"`` stands for the groups not named.
         steps: number of updates.
         teacher: a Model, the name of an earlier node of the experiment, `Ensemble`, `StudentEma`, `jkd.cache.Cache`, or None.
+        oracle: a network that the teacher stands for, as `teacher` names one; no step sees it. Evaluation gives ``oracle_kl`` and
+            ``oracle_agreement`` beside the teacher's, and the run says where the student nears the one by leaving the other.
         data: what is trained and evaluated on; may be None where batches are fed by hand.
         batch_size: examples of the global batch.
         augment: functions ``(batch, key) -> batch`` on the global batch, on the device, in this order. Both sides see the result.
@@ -94,6 +97,9 @@ class Run:
         teacher_dtype: in which a frozen teacher's parameters are kept.
         remat: a policy of ``jax.checkpoint_policies``: what the student's forward pass may keep for the backward pass.
         microbatches: pieces that a batch is cut into; the update is the same for any number.
+        steps_per_call: steps that the device runs for each call from the host, at most: for networks so small that the call costs
+            more than they do. The same steps and numbers; that many batches lie on the device. A call ends early where there is
+            something to do between steps (an evaluation, a checkpoint, a reading of `Recipe.sampling`).
         microbatch_statistics: ``local`` allows microbatches with networks or methods that couple examples, whose statistics then
             are each microbatch's own (another algorithm).
         mesh: how the devices are arranged.
@@ -114,6 +120,7 @@ class Run:
     optimizer: Optimizer | Mapping[str, Optimizer]
     steps: int
     teacher: Teacher = None
+    oracle: Model | ModelConfig | Ensemble | str | None = None
     data: Data | None = None
     batch_size: int = 128
     augment: tuple[Callable[..., Any], ...] = ()
@@ -125,6 +132,7 @@ class Run:
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Callable[..., Any] | None = None
     microbatches: int = 1
+    steps_per_call: int = 1
     microbatch_statistics: Literal["global", "local"] = "global"
     mesh: MeshShape = MeshShape()
     rules: Rules = ()
@@ -173,8 +181,9 @@ def dependencies(node: Run | Callable[..., Any]) -> tuple[str, ...]:
     """The names of the nodes that a node reads."""
     if isinstance(node, Run):
         teacher = node.teacher.teacher if isinstance(node.teacher, Cache) else node.teacher
-        members = teacher.members if isinstance(teacher, Ensemble) else (teacher,)
-        return tuple(member for member in members if isinstance(member, str))
+        sides = (teacher, node.oracle)
+        members = [member for side in sides for member in (side.members if isinstance(side, Ensemble) else (side,))]
+        return tuple(dict.fromkeys(member for member in members if isinstance(member, str)))
     if callable(node):
         return tuple(inspect.signature(node).parameters)
     raise InputError(f"a node of an Experiment is a Run or a function, not {type(node).__name__}")
@@ -200,7 +209,7 @@ def _check_run(run: Run) -> None:
     def refuse(field: str, fix: str) -> None:
         raise InputError(f"Run.{field} = {getattr(run, field)!r}: {fix}")
 
-    for field in ("steps", "batch_size", "microbatches", "log_every", "keep", "sample_every"):
+    for field in ("steps", "batch_size", "microbatches", "steps_per_call", "log_every", "keep", "sample_every"):
         value = getattr(run, field)
         if not isinstance(value, int) or isinstance(value, bool):
             refuse(field, "give a whole number")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jkd import fingerprint, metrics, provenance, sharding, teachers, trees
+from jkd import calls, fingerprint, flops, metrics, provenance, sharding, teachers, trees
 from jkd.cache import Cache
 from jkd.check import check
 from jkd.checkpoint import Checkpoints
@@ -29,7 +29,7 @@ from jkd.networks import models_of
 from jkd.resolve import make_context
 from jkd.samples import Sample, sample
 from jkd.state import Frozen, State, freeze, init_state, step_shapes
-from jkd.step import make_step, make_term_gradients
+from jkd.step import make_term_gradients
 from jkd.types import Batch, Model
 from jkd.workdir import claim, write_json
 
@@ -232,7 +232,8 @@ class _Training:
         else:
             state, meta, start = restored
             frozen, weights = freeze(ctx), meta.get("sampling_weights")
-        self.step, self.term_gradients = make_step(ctx), make_term_gradients(ctx)
+        self.work = flops.of_step(ctx)
+        self.call, self.term_gradients = calls.make_call(ctx), make_term_gradients(ctx)
         self.evaluation = make_evaluate(ctx)
         writer = metrics.writers(self.folder if self.process[0] == 0 else None, start)
         self.listener.run_started(self.name, ctx, start)
@@ -244,17 +245,21 @@ class _Training:
         clock = metrics.Stopwatch(run.batch_size)
         evaluations = every(run.evaluate_every, steps)
         saves = every(run.checkpoint_every, steps) if self.checkpoints is not None else 0
-        pending: tuple[int, Any] | None = None
+        length = calls.lengths(run.steps_per_call, steps, (evaluations, saves, feed.period))
+        pending: tuple[int, int, Any] | None = None
         evaluation = Evaluation()
         try:
-            for step in range(start, steps):
-                batch = feed.next(state, frozen, step)
-                state, values = self.step(state, frozen, batch)
-                if step + 1 < steps:
-                    feed.read_ahead(state, frozen, step + 1)
+            done = start
+            while done < steps:
+                step, count = done, length(done)
+                batch = feed.next(state, frozen, step, count)
+                state, values = self.call(state, frozen, batch, count)
+                done = step + count
+                if done < steps:
+                    feed.read_ahead(state, frozen, done, length(done))
                 if pending is not None:
                     self._arrived(*pending, writer, clock)
-                pending, done = (step, values), step + 1
+                pending = (step, count, values)
                 stopping = self.interrupts.stop()
                 evaluating = done == steps or (evaluations and done % evaluations == 0)
                 saving = self.checkpoints is not None and (done == steps or (saves and done % saves == 0) or stopping)
@@ -264,7 +269,7 @@ class _Training:
                     pending = None
                     with clock.paused():
                         if evaluating:
-                            evaluation = self._evaluate(state, frozen, batch, done, writer)
+                            evaluation = self._evaluate(state, frozen, calls.last(run, batch, count), done, writer)
                         if saving and self.checkpoints is not None:
                             self.checkpoints.save(
                                 done, state, self._meta(done, feed.weights), evaluation.metrics if evaluating else None
@@ -318,9 +323,14 @@ class _Training:
                 "preprocess and the order of its classes"
             )
 
-    def _arrived(self, step: int, values: Any, writer: metrics.Writer, clock: metrics.Stopwatch) -> None:
-        """Metrics of a dispatched step are here: look at them, write them, tell them."""
-        found = {name: float(value) for name, value in jax.device_get(values).items()}
+    def _arrived(self, step: int, count: int, values: Any, writer: metrics.Writer, clock: metrics.Stopwatch) -> None:
+        """Metrics of ``count`` dispatched steps are here: look at them, write them, tell them."""
+        arrived = {name: np.atleast_1d(value) for name, value in jax.device_get(values).items()}
+        rate = clock.tick(count)
+        for place in range(count):
+            self._seen(step + place, {name: float(value[place]) for name, value in arrived.items()}, rate, writer)
+
+    def _seen(self, step: int, found: dict[str, float], rate: float, writer: metrics.Writer) -> None:
         if not (math.isfinite(found["loss"]) and math.isfinite(found["gradient_norm"])):
             bad = [
                 name.removeprefix("term/")
@@ -333,7 +343,6 @@ class _Training:
             kept = self.checkpoints.steps() if self.checkpoints is not None else []
             last = f"the last good checkpoint is step {kept[-1]}" if kept else "there is no checkpoint yet"
             raise Failed(f"{self.name}: step {step + 1} is not finite: {cause}; {last}")
-        rate = clock.tick()
         found = self.periodic.fill(found)
         if (step + 1) % self.run.log_every == 0 or step == 0:
             writer.write(step + 1, {f"train/{name}": value for name, value in found.items()} | {"train/examples_per_s": rate})
@@ -360,6 +369,7 @@ class _Training:
             **{name: evaluation.metrics[name] for name in ("bits_per_byte",) if name in evaluation.metrics},
             "examples_per_s": clock.mean(),
             "steps": self.run.steps,
+            **{f"{side}_flops": getattr(self.work, side) for side in ("student", "teacher")},  # of one step
             "params_sha256": trees.sha256(sharding.whole(product.params)),
         }
         said = sample(self.ctx, product)

@@ -132,20 +132,21 @@ class Periodic:
 
 
 class Stopwatch:
-    """Examples a second, without compilation (the first two steps), evaluations and saves."""
+    """Examples a second, without compilation (the first two calls), evaluations and saves."""
 
     def __init__(self, batch_size: int):
-        self._batch_size, self._ticks, self._spent = batch_size, 0, 0.0
+        self._batch_size, self._ticks, self._steps, self._spent = batch_size, 0, 0, 0.0
         self._last: float | None = None
         self._recent = 0.0
 
-    def tick(self) -> float:
-        """A step has arrived; answers the examples per second of the last steps (0 until they can be told)."""
+    def tick(self, steps: int = 1) -> float:
+        """A call of so many steps has arrived; answers the examples per second of the last steps (0 until they can be told)."""
         now = time.perf_counter()
         if self._ticks >= 2 and self._last is not None:
             took = now - self._last
-            self._spent += took
-            self._recent = 0.95 * self._recent + 0.05 * took if self._recent else took
+            self._spent, self._steps = self._spent + took, self._steps + steps
+            share = 0.95**steps
+            self._recent = share * self._recent + (1 - share) * took / steps if self._recent else took / steps
         self._ticks, self._last = self._ticks + 1, now
         return self._batch_size / self._recent if self._recent else 0.0
 
@@ -159,4 +160,4 @@ class Stopwatch:
 
     def mean(self) -> float | None:
         """Examples per second over the whole run, or None where it was too short."""
-        return (self._ticks - 2) * self._batch_size / self._spent if self._spent else None
+        return self._steps * self._batch_size / self._spent if self._spent else None

@@ -52,6 +52,11 @@ def make_context(
     if ctx.prepares:
         ctx = _resolve(run, mesh, raw_batch, prepared_shapes(ctx), train_size)
         _check_batch(run, ctx.batch, mesh)
+        if run.steps_per_call > 1:
+            raise InputError(
+                f"Run.steps_per_call = {run.steps_per_call}: {type(run.recipe).__name__} prepares every batch in a program of its own; "
+                "use 1"
+            )
     _check_groups(ctx)
     return ctx
 
@@ -63,6 +68,8 @@ def _resolve(run: Run, mesh: Mesh, raw_batch: Batch, batch: Batch, train_size: i
         networks["teacher"] = networks["student"] if isinstance(run.teacher, StudentEma) else build_teacher(run.teacher)
     elif recipe.needs_teacher:
         raise InputError(f"Run.teacher = None: {type(recipe).__name__} needs a teacher")
+    if run.oracle is not None:
+        networks["oracle"] = build_teacher(run.oracle)
     params, buffers = {}, {}
     for side, network in networks.items():
         shapes = (network.params, network.buffers)

@@ -195,6 +195,12 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     )
 
 
+def put_batches(batches: Sequence[Batch], mesh: Mesh) -> Batch:
+    """Several batches of this process's rows as one, each leaf ``[batches, rows, ...]``, the rows split as by `put_batch`."""
+    place = NamedSharding(mesh, P(None, *BATCH))
+    return jax.tree.map(lambda *rows: jax.make_array_from_process_local_data(place, np.stack(rows)), *batches)
+
+
 def put(tree: Tree, places: Tree) -> Tree:
     """Arrays, moved to their places; never more than one leaf in flight beyond what the places hold."""
     return jax.tree.map(jax.device_put, tree, places)

@@ -40,7 +40,8 @@ def columns(groups: Sequence[Group]) -> list[Column]:
         Column("examples/s", _stat("examples_per_s", _median), "median; training"),
         Column("parameters", _stat("parameters", _median)),
         Column("extra", _stat("extra_parameters", _median), "parameters that the method trains beside the student's"),
-        Column("FLOPs", _stat("flops", _median), "of one forward pass of one example"),
+        Column("FLOPs", _stat("student_flops", _power), "of the student in a step, forward and backward"),
+        Column("teacher FLOPs", _stat("teacher_flops", _power), "of a step"),
     ]
     names = dict.fromkeys(name for row in rows for name in row.stats)
     more = [
@@ -62,7 +63,7 @@ _TOLD = {
     "examples_per_s",
     "parameters",
     "extra_parameters",
-    "flops",
+    "student_flops",
     "steps",
 }
 
@@ -96,6 +97,10 @@ def _spread(digits: int) -> Callable[[Stat], str]:
 
 def _median(stat: Stat) -> str:
     return f"{statistics.median(stat.values):,.0f}"
+
+
+def _power(stat: Stat) -> str:
+    return f"{statistics.median(stat.values):.2e}"
 
 
 def _published(row: Row) -> str:
