@@ -24,6 +24,7 @@ examples:
   jkd train mine.py --set steps=200      run it with another value of a parameter of config()
   jkd describe mine.py                   shapes, terms and memory, without compiling
   jkd plan mine.py --topology v5e:16x16  what it would need and take on a pod that is not here
+  jkd bench mine.py                      how fast it goes, and what binds it
   jkd report runs/mine-1a2b3c4d          tables and curves of what was trained
   jkd recipes                            every method with its citation
   jkd train --help                       more on training
@@ -102,6 +103,18 @@ long and how dear is the run. TPUs (v5e, v5p, v6e) need their compiler, no TPU: 
 b200) the CPU's compiler stands in: bytes of parameters, optimizer and teacher are exact, temporaries and times are estimates.
 --json FILE keeps {chips, mesh, fits, bytes_per_chip, flops_per_step, collectives, predicted_step_s, bound_by, compile_s}.
 """
+_BENCH = """
+examples:
+  jkd bench digits                                       every run of the config, one after the other
+  jkd bench digits --run student --json bench.jsonl      one run; its numbers as a line of JSON
+  jkd bench digits --run student --set student.batch_size=512
+  jkd bench --ab digits 'digits --set student.recipe.temperature=1'    two runs in turn, and the ratio of their times
+  jkd bench mine.py --run student --sweep                microbatches and rematerialisation: time against memory
+  jkd bench mine.py --run student --profile trace        then: tensorboard --logdir trace (with xprof)
+
+Nothing is trained: teachers that an earlier run would train have random weights, and data that is not on this machine is made up
+in its shapes (the output says so). docs/benchmarks.md defines every number. --json appends one line for each measurement.
+"""
 _RECIPES = """
 examples:
   jkd recipes
@@ -137,8 +150,8 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("--traceback", action="store_true", help="show the whole traceback of an error (or JKD_TRACEBACK=1)")
         return made
 
-    def config(made: argparse.ArgumentParser, what: str, name: str) -> None:
-        made.add_argument("config", metavar=name, help=what)
+    def config(made: argparse.ArgumentParser, what: str, name: str, *, optional: bool = False) -> None:
+        made.add_argument("config", metavar=name, help=what, nargs="?" if optional else None)
         made.add_argument(
             "--set", dest="sets", metavar="NAME=VALUE", action="append", default=[], help="change a value of the config"
         )
@@ -175,6 +188,16 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--run", metavar="NAME", help="which run; default: student, else the last that has a teacher")
     plan.add_argument("--json", metavar="FILE", help="write the figures there")
     plan.add_argument("--price-per-chip-hour", metavar="PRICE", type=float, dest="price", help="for the cost of the whole run")
+    bench = command("bench", "Measure how fast a run goes, and what binds it.", _BENCH)
+    config(bench, file, "CONFIG", optional=True)
+    bench.add_argument("--run", metavar="NAME", help="this run alone; default: every run, with --ab the last")
+    bench.add_argument(
+        "--ab", metavar=("A", "B"), nargs=2, help="two configs, each may have --set and --run of its own, in quotes"
+    )
+    bench.add_argument("--steps", metavar="N", type=int, default=20, help="calls that are timed, after two that are not")
+    bench.add_argument("--sweep", action="store_true", help="time and memory of microbatches and rematerialisation")
+    bench.add_argument("--json", metavar="FILE", help="append each measurement to it, one line of JSON each")
+    bench.add_argument("--profile", metavar="DIR", help="write a trace of five steps there")
     recipes = command("recipes", "List every method with its citation and what it needs.", _RECIPES)
     recipes.add_argument("--json", action="store_true", help="as JSON")
     configs = command("configs", "List the packaged configs, or print one.", _CONFIGS)

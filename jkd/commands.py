@@ -34,9 +34,10 @@ _PACKAGES = {
 def train(arguments: argparse.Namespace, typed: str) -> int:
     """``jkd train``."""
     _require(_PACKAGES)
-    from jkd import devices
+    from jkd import devices, programcache
 
     devices.start(arguments.device)
+    programcache.start()
     function = configfile.load(arguments.config)
     seeds = _seeds(arguments, function)
     experiment = configfile.resolve(function, arguments.sets)
@@ -100,11 +101,12 @@ def _train(
 def cache(arguments: argparse.Namespace, typed: str) -> int:
     """``jkd cache``."""
     _require(_PACKAGES | {"array_record": "array-record"})
-    from jkd import devices
+    from jkd import devices, programcache
     from jkd.cache import Cache
     from jkd.config import Run
 
     devices.start(arguments.device)
+    programcache.start()
     experiment = configfile.resolve(configfile.load(arguments.config), arguments.sets)
     devices.check(arguments.device)
     from etils import epath
@@ -183,9 +185,10 @@ def evaluate(arguments: argparse.Namespace, typed: str) -> int:
     _require(_PACKAGES)
     import jax
 
-    from jkd import devices
+    from jkd import devices, programcache
 
     devices.start(arguments.device)
+    programcache.start()
     from etils import epath
 
     from jkd import console, replay
@@ -279,6 +282,19 @@ def plan(arguments: argparse.Namespace, typed: str) -> int:
     print(plantext.text(name, made, price=arguments.price), end="")
     if arguments.json:
         _write(arguments.json, (json.dumps(made.as_json(), indent=1) + "\n").encode(), "--json")
+    return 0
+
+
+def bench(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd bench``."""
+    _require(_PACKAGES)
+    from jkd import devices, programcache
+    from jkd.bench import command
+
+    devices.start(arguments.device)
+    programcache.start()
+    devices.check(arguments.device)
+    command.run(arguments)
     return 0
 
 

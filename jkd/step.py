@@ -121,6 +121,20 @@ def make_term_gradients(ctx: Context) -> Callable[[State, Frozen, Batch], Metric
     return jax.jit(gradients)
 
 
+def make_gradients(ctx: Context) -> Callable[[State, Frozen, Batch], Tree]:
+    """``f(state, frozen, batch) -> [gradients, …]`` of every update, all from the same state, jitted: a step that moves nothing."""
+
+    def gradients(state: State, frozen: Frozen, batch: Batch) -> Tree:
+        clock, key = ctx.clock(state.step), step_key(state)
+        batch = seen(ctx, batch, key)
+        keys = [jax.random.fold_in(key, place + 1) for place in range(len(ctx.updates))]
+        return [
+            _gradients(ctx, update, state, frozen, batch, clock, own)[0] for update, own in zip(ctx.updates, keys, strict=True)
+        ]
+
+    return jax.jit(gradients)
+
+
 def _update(
     ctx: Context, update: Update, state: State, start: State, frozen: Frozen, batch: Batch, clock: Clock, key: Array
 ) -> tuple[State, dict[str, Metrics], Array]:

@@ -4,6 +4,7 @@ import os
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # the command line would keep programs in the user's home
 # Nearly all of the suite's time is the CPU compiler making programs that run once: LLVM does not optimise them, and the plain
 # emitters compile in a third of the time of the new ones (jaxlib 0.11 has no others). XLA's own passes (sharding, fusion, donation)
 # stay as they are; what is run for real, in processes of its own, is optimised as for users.

@@ -55,7 +55,7 @@ def one_line(capsys):
 # --- reading arguments ---
 
 
-@pytest.mark.parametrize("command", ["", "train", "cache", "eval", "report", "export", "describe", "recipes", "configs"])
+@pytest.mark.parametrize("command", ["", "train", "cache", "eval", "report", "export", "describe", "bench", "recipes", "configs"])
 def test_every_help_shows_examples(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out

@@ -1,0 +1,78 @@
+"""What ``jkd bench`` does once its arguments are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from typing import Any
+
+import jax
+
+from jkd import configfile
+from jkd.bench import measure, table
+from jkd.bench.workload import Workload
+from jkd.config import Run
+from jkd.errors import InputError
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures and prints; with ``--json`` also appends a line for each measurement to that file.
+
+    Raises:
+        InputError: options that do not go together, a config or run that is not there.
+    """
+    if (arguments.config is None) == (arguments.ab is None):
+        raise InputError("give a CONFIG, or --ab A B")
+    if arguments.steps < 1:
+        raise InputError(f"--steps {arguments.steps}: give at least 1")
+    if arguments.ab is not None:
+        if arguments.sweep or arguments.profile:
+            raise InputError("--ab compares two runs: --sweep and --profile are for one CONFIG")
+        works = [Workload(*_one(text, arguments)) for text in arguments.ab]
+        found = measure.paired(*works, rounds=arguments.steps)
+        _tell(table.pair(found), [found], arguments)
+        return
+    for name, each in _runs(arguments.config, arguments.sets, arguments.run).items():
+        if arguments.sweep:
+            rows = []
+            for row in measure.sweep(name, each):
+                rows.append({"run": name, **row})
+                _tell(table.swept(row) if len(rows) > 1 else f"{name}\n{table.swept(row)}", rows[-1:], arguments)
+            continue
+        found = measure.measure(Workload(name, each), steps=arguments.steps, profile=arguments.profile)
+        _tell(table.text(found), [found], arguments)
+
+
+def _runs(config: str, sets: list[str], only: str | None) -> dict[str, Run]:
+    return measure.runs_of(configfile.resolve(configfile.load(config), sets), only)
+
+
+def _one(text: str, arguments: argparse.Namespace) -> tuple[str, Run]:
+    """One side of ``--ab``: a config, after it options of its own; without ``--run`` its last run."""
+    side = argparse.ArgumentParser(prog="--ab", add_help=False, exit_on_error=False)
+    side.add_argument("config")
+    side.add_argument("--set", dest="sets", action="append", default=[])
+    side.add_argument("--run", default=arguments.run)
+    try:
+        own, more = side.parse_known_args(shlex.split(text))
+    except (argparse.ArgumentError, ValueError) as error:
+        raise InputError(f"--ab {text!r}: {error}") from None
+    if more:
+        raise InputError(f"--ab {text!r}: {more[0]} is no option here; --set NAME=VALUE and --run NAME are")
+    runs = _runs(own.config, [*arguments.sets, *own.sets], own.run)
+    return list(runs.items())[-1]
+
+
+def _tell(text: str, lines: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    if jax.process_index():
+        return
+    print(text, flush=True)
+    if arguments.json is not None:
+        try:
+            with open(arguments.json, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise InputError(
+                f"{arguments.json} cannot be written ({error.strerror or error}); --json FILE says where else"
+            ) from None

@@ -1,0 +1,218 @@
+"""A run as something that steps: compiled with the times that took, its state made, batches at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jkd import calls, sharding
+from jkd.bench.compiling import listening
+from jkd.config import Run, StudentEma
+from jkd.context import Context
+from jkd.describe import context as context_of
+from jkd.errors import InputError
+from jkd.feed import Feed
+from jkd.networks import models_of, seen, step_key
+from jkd.prepare import make_prepare
+from jkd.state import Frozen, State, init_state, step_shapes
+from jkd.step import make_gradients, make_step
+from jkd.types import Batch, Tree
+
+BATCHES = 2
+"""Different batches that take turns while steps are timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """The step's program, and what it took to make it.
+
+    Args:
+        call: the jitted function.
+        program: compiled, with its analyses and text.
+        trace: seconds from Python to a jaxpr.
+        lower: from there to StableHLO.
+        compile: from there to a program, or until it was found in the persistent cache.
+        hit: whether it was found there.
+    """
+
+    call: Callable[..., Any]
+    program: Any
+    trace: float
+    lower: float
+    compile: float
+    hit: bool
+
+
+def compile_step(ctx: Context) -> Compiled:
+    """The program that training would call, compiled ahead of time; calling it finds this."""
+    most = ctx.run.steps_per_call
+    start = time.perf_counter()
+    call: Any = make_step(ctx)
+    state, frozen, batch = step_shapes(ctx)
+    arguments: tuple[Any, ...] = (state, frozen, batch)
+    if most > 1:
+        call = calls.make_steps(ctx, call)
+        place = NamedSharding(ctx.mesh, P(None, *sharding.BATCH))
+        stack = jax.tree.map(lambda one: jax.ShapeDtypeStruct((most, *one.shape), one.dtype, sharding=place), batch)
+        arguments = (state, frozen, stack, jax.ShapeDtypeStruct((), jnp.int32))
+    traced = call.trace(*arguments)
+    after_trace = time.perf_counter()
+    lowered = traced.lower()
+    after_lower = time.perf_counter()
+    with listening() as heard:
+        program = lowered.compile()
+    ends = (start, after_trace, after_lower, time.perf_counter())
+    spent = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return Compiled(call, program, *spent, hit=heard.hits > 0)
+
+
+class Workload:
+    """A run that can be stepped and timed.
+
+    A teacher that an earlier run would train, and every network that holds no weights yet, gets random ones: what a step costs
+    does not depend on them. Batches are the run's own where its data (and cache) is on this machine, else made up in their shapes.
+
+    Args:
+        name: of the run.
+        run: with its teacher resolved (`jkd.teachers.unweighted`).
+    """
+
+    def __init__(self, name: str, run: Run):
+        if run.data is None:
+            raise InputError(f"{name}: Run.data = None, so there is nothing to time")
+        with listening() as self.heard:
+            self.name, self.ctx = name, with_teacher(context_of(run))
+            self.compiled = compile_step(self.ctx)
+            self.state, self.frozen = init_state(self.ctx, jax.random.key(run.seed))
+        self.most = run.steps_per_call
+        self._batches, self.made_up = self._read()
+        self._turn = 0
+
+    @property
+    def batch(self) -> Batch:
+        """One batch as the step sees it."""
+        return self._batches[0] if self.most == 1 else calls.last(self.ctx.run, self._batches[0], 1)
+
+    @property
+    def program_name(self) -> str:
+        """What JAX calls the program of a call."""
+        return "step" if self.most == 1 else "steps"
+
+    def _read(self) -> tuple[list[Batch], str]:
+        """Batches, and why they are made up, if they are."""
+        ctx = self.ctx
+        try:
+            feed = Feed(ctx, (jax.process_index(), jax.process_count()), 0, None)
+            try:
+                read = [feed.next(self.state, self.frozen, step * self.most, self.most) for step in range(BATCHES)]
+            finally:
+                feed.close()
+            return read, ""
+        except InputError as error:
+            why = str(error)
+        rows = [made_up(ctx, seed) for seed in range(BATCHES)]
+        if self.most > 1:
+            return [sharding.put_batches([one] * self.most, ctx.mesh) for one in rows], why
+        prepare, batches = make_prepare(ctx), [sharding.put_batch(one, ctx.mesh) for one in rows]
+        if prepare is not None:
+            batches = [prepare[0](self.state, self.frozen, batch, jnp.int32(0)) for batch in batches]
+        return batches, why
+
+    def __call__(self, batch: Batch | None = None, *, block: bool = True) -> float:
+        """Calls the device once and waits for all it gives; answers the seconds for each step of the call."""
+        if batch is None:
+            self._turn += 1
+            batch = self._batches[self._turn % len(self._batches)]
+        more = () if self.most == 1 else (jnp.int32(self.most),)
+        start = time.perf_counter()
+        self.state, self.metrics = self.compiled.call(self.state, self.frozen, batch, *more)
+        if block:
+            jax.block_until_ready((self.state, self.metrics))
+        return (time.perf_counter() - start) / self.most
+
+    def loop(self, count: int) -> tuple[float, float]:
+        """Seconds for each step, and those of them spent waiting for data, of ``count`` calls one after the other as in training."""
+        ctx, most = self.ctx, self.most
+        feed = Feed(ctx, (jax.process_index(), jax.process_count()), 0, None)
+        try:
+            for turn in range(2 + count):
+                if turn == 2:
+                    jax.block_until_ready(self.state)
+                    start, waited = time.perf_counter(), feed.waited
+                self(feed.next(self.state, self.frozen, turn * most, most), block=False)
+                feed.read_ahead(self.state, self.frozen, (turn + 1) * most, most)
+            jax.block_until_ready(self.state)
+            return (time.perf_counter() - start) / (count * most), (feed.waited - waited) / (count * most)
+        finally:
+            feed.close()
+
+
+def with_teacher(ctx: Context) -> Context:
+    """The context with random weights for a frozen teacher that has none."""
+    teacher = ctx.networks.get("teacher")
+    if teacher is None or teacher.initialised or "teacher" in ctx.groups or isinstance(ctx.run.teacher, StudentEma):
+        return ctx
+    specs = ctx.specs["teacher"], jax.tree.map(lambda _: P(), teacher.buffers)
+    weights = jax.jit(teacher.init, out_shardings=sharding.shardings(specs, ctx.mesh))(jax.random.key(0))
+    return dataclasses.replace(ctx, networks={**ctx.networks, "teacher": teacher.with_weights(*weights)})
+
+
+def made_up(ctx: Context, seed: int) -> Batch:
+    """A batch in NumPy of the shapes that the run's data would give."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(keys: Any, shape: Any) -> np.ndarray:
+        name = str(getattr(keys[-1], "key", getattr(keys[-1], "name", "")))
+        if name in ("weight", "labelled", "mask", "loss_mask", "bytes", "segment"):
+            return np.ones(shape.shape, shape.dtype)
+        if name in ("index", "position"):
+            return np.broadcast_to(np.arange(shape.shape[-1]), shape.shape).astype(shape.dtype)
+        if jnp.issubdtype(shape.dtype, jnp.integer):
+            most = 256 if name == "image" else ctx.classes or 2
+            return rng.integers(0, most, shape.shape).astype(shape.dtype)
+        return rng.normal(size=shape.shape).astype(shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, ctx.raw_batch)
+
+
+def stages(work: Workload) -> dict[str, Callable[[], Tree]]:
+    """Parts of the step as programs of their own, each with what comes before it: augmentation, teacher, gradients."""
+    ctx, batch = work.ctx, work.batch
+
+    def views(state: State, frozen: Frozen, batch: Batch) -> Batch:
+        return seen(ctx, batch, step_key(state))
+
+    def teacher(state: State, frozen: Frozen, batch: Batch) -> Tree:
+        batch, key = views(state, frozen, batch), step_key(state)
+        models = models_of(ctx, state, frozen)
+
+        def answer(update: Any, piece: Batch) -> Tree:
+            return update.forward(models, piece, key)[1]
+
+        count = ctx.run.microbatches
+        if count == 1:
+            return [answer(update, batch) for update in ctx.updates]
+        pieces = jax.tree.map(lambda rows: rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), batch)
+        return [jax.lax.map(lambda piece, update=update: answer(update, piece), pieces) for update in ctx.updates]
+
+    programs: dict[str, Callable[..., Tree]] = {}
+    if ctx.run.augment and not ctx.prepares:
+        programs["augment"] = jax.jit(views)
+    if ctx.teacher_outputs is not None:
+        programs["teacher_forward"] = jax.jit(teacher)
+    programs["student_forward_backward"] = make_gradients(ctx)
+    return {name: lambda program=program: program(work.state, work.frozen, batch) for name, program in programs.items()}
+
+
+def bytes_of(shapes: Tree) -> int:
+    """Of all leaves."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
