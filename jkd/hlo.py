@@ -317,7 +317,7 @@ def _turns(program: _Program, loop: _Instruction) -> int:
 
 def _group(rest: str, partitions: int) -> int:
     """Devices in a replica group, in any of the ways it is written; all of them where it is left empty."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'([^']*)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']*)'", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):

@@ -60,6 +60,7 @@ class Plan:
         seconds: the three times of the roofline: ``compute``, ``memory``, ``interconnect``.
         compile_s: seconds that the compiler took.
         refusal: what the compiler said where the program does not fit.
+        program: the compiled program's text (`jkd.hlo` reads it); empty where it does not fit.
     """
 
     topology: Topology
@@ -73,6 +74,7 @@ class Plan:
     seconds: dict[str, float] | None
     compile_s: float
     refusal: str = ""
+    program: str = dataclasses.field(default="", repr=False)
 
     @property
     def bound_by(self) -> str | None:
@@ -143,6 +145,7 @@ def plan(run: Run, topology: Topology) -> Plan:
         seconds=seconds,
         compile_s=round(compile_s, 3),
         refusal=refusal,
+        program=text,
     )
 
 

@@ -128,6 +128,7 @@ def test_types_and_their_sizes(written, wanted):
         ("replica_groups=[2,4]<=[8]", 4),
         ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", 4),
         ("replica_groups={}", 8),
     ],
 )
