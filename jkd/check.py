@@ -30,7 +30,8 @@ def check(experiment: Experiment) -> None:
         if teacher is None and node.teacher is not None:
             continue
         try:
-            ctx = make_context(dataclasses.replace(node, teacher=teacher))
+            oracle = teachers.unweighted(node.oracle, products)
+            ctx = make_context(dataclasses.replace(node, teacher=teacher, oracle=oracle))
             make_step(ctx)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error

@@ -134,7 +134,8 @@ class Context:
     def specs(self) -> dict[str, Tree]:
         """``{group: tree of PartitionSpec}`` for the stored parameters of every group, the frozen teacher's too."""
         shapes = {**self.params, **self.vars.params}
-        rules = {} if isinstance(self.run.teacher, StudentEma) else {"teacher": self.run.teacher_rules}
+        rules: dict[str, sharding.Rules] = {"oracle": ()}
+        rules |= {} if isinstance(self.run.teacher, StudentEma) else {"teacher": self.run.teacher_rules}
         return {
             group: sharding.parameter_specs(tree, self.mesh, rules.get(group, self.run.rules)) for group, tree in shapes.items()
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,27 +37,33 @@ class Evaluation:
     details: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
 
 
-def measure(student: Outputs, teacher: Outputs | None, batch: Batch) -> Sums:
+def measure(student: Outputs, teacher: Outputs | None, batch: Batch, *, oracle: Outputs | None = None) -> Sums:
     """Weighted sums over a batch that `summarise` turns into metrics; sums of batches add up.
 
     Args:
         student: with logits ``[..., classes]``; of one without them nothing is measured. Logits for each of a batch's ``tokens``
             say the token after it, and are made of (hidden, head) a piece at a time.
-        teacher: likewise, or None.
+        teacher, oracle: likewise, or None.
         batch: ``label`` int ``[...]`` (of tokens what `jkd.tokens.next_tokens` says) and the weights.
     """
     if not student.has_logits:
         return {}
     label, weight, everyone = _asked(student, batch)
-    both = teacher is not None and teacher.has_logits and teacher.logits_shape == student.logits_shape
-    found = sparse.by_position(_each, label, student, *([teacher] if both else []))
+    others = {
+        name: side
+        for name, side in (("teacher", teacher), ("oracle", oracle))
+        if side is not None and side.has_logits and side.logits_shape == student.logits_shape
+    }
+    found = sparse.by_position(functools.partial(_each, tuple(others)), label, student, *others.values())
     sums = _task(found["student"], label, weight, student.logits_shape[-1])
     if label.ndim == 2 and "bytes" in batch:
         sums["bytes"] = (tokens.following(batch["bytes"]) * weight).sum()
-    if both:
+    if others:
+        compared = ("agreement", "kl", "oracle_agreement", "oracle_kl")
+        sums |= {"all": everyone.sum()} | {name: (found[name] * everyone).sum() for name in compared if name in found}
+    if "teacher" in others:
         theirs = _task(found["teacher"], label, weight, student.logits_shape[-1])
         sums |= {f"teacher_{name}": value for name, value in theirs.items()}
-        sums |= {"all": everyone.sum()} | {name: (found[name] * everyone).sum() for name in ("agreement", "kl")}
     return sums
 
 
@@ -69,14 +76,15 @@ def _asked(student: Outputs, batch: Batch) -> tuple[Array, Array, Array]:
     return batch["label"], label_weight(batch), batch["weight"]
 
 
-def _each(label: Array, student: Array, teacher: Array | None = None) -> dict[str, Any]:
-    """What is measured of each position by itself, from logits ``[..., classes]``."""
+def _each(names: tuple[str, ...], label: Array, student: Array, *others: Array) -> dict[str, Any]:
+    """What is measured of each position by itself, from logits ``[..., classes]`` of the student and of the others by name."""
     student = student.astype(jnp.float32)
     found: dict[str, Any] = {"student": _answer(student, label)}
-    if teacher is not None:
-        teacher = teacher.astype(jnp.float32)
-        agreement = (student.argmax(-1) == teacher.argmax(-1)).astype(jnp.float32)
-        found |= {"teacher": _answer(teacher, label), "agreement": agreement, "kl": losses.forward_kl(student, teacher)}
+    for name, other in zip(names, others, strict=True):
+        other, prefix = other.astype(jnp.float32), "" if name == "teacher" else f"{name}_"
+        found[f"{prefix}agreement"] = (student.argmax(-1) == other.argmax(-1)).astype(jnp.float32)
+        found[f"{prefix}kl"] = losses.forward_kl(student, other)
+        found |= {"teacher": _answer(other, label)} if name == "teacher" else {}
     return found
 
 
@@ -112,7 +120,8 @@ def summarise(sums: dict[str, Any]) -> dict[str, float]:
     """Metrics from `measure`'s sums.
 
     ``accuracy`` 0..1, ``nll`` nats, ``ece`` 0..1; with a teacher also ``agreement`` (share of equal first choices), ``kl``
-    (KL(teacher || student), nats), ``teacher_accuracy``, ``teacher_nll`` and ``teacher_ece``. What needs labels is left out where
+    (KL(teacher || student), nats), ``teacher_accuracy``, ``teacher_nll`` and ``teacher_ece``; with an oracle ``oracle_agreement`` and
+    ``oracle_kl``. What needs labels is left out where
     no example has one. Of text whose ``bytes`` are known also ``bits_per_byte`` and ``teacher_bits_per_byte``, whatever the
     vocabulary.
     """
@@ -133,7 +142,9 @@ def summarise(sums: dict[str, Any]) -> dict[str, float]:
     metrics = task("") if sums else {}
     if sums.get("all"):
         everyone = float(sums["all"])
-        metrics |= {name: float(sums[name]) / everyone for name in ("agreement", "kl")} | task("teacher_")
+        compared = ("agreement", "kl", "oracle_agreement", "oracle_kl")
+        metrics |= {name: float(sums[name]) / everyone for name in compared if name in sums}
+        metrics |= task("teacher_") if "teacher_weight" in sums else {}
     return metrics
 
 

@@ -24,6 +24,7 @@ from jkd.context import Context
 from jkd.errors import InputError
 from jkd.evaluate import Evaluation, make_evaluate
 from jkd.feed import Feed
+from jkd.hacking import Watch
 from jkd.interrupts import Interrupts
 from jkd.networks import models_of
 from jkd.resolve import make_context
@@ -189,12 +190,15 @@ class _Training:
         self.config = fingerprint.to_json(run)  # as it was written down: the teacher by its name
         if isinstance(run.teacher, (str, Ensemble)):
             run = dataclasses.replace(run, teacher=teachers.named(run.teacher, earlier))
+        if isinstance(run.oracle, (str, Ensemble)):
+            run = dataclasses.replace(run, oracle=teachers.named(run.oracle, earlier))
         self.name, self.folder, self.listener, self.interrupts = name, folder, listener, interrupts
         self.cache, self.earlier = run.teacher if isinstance(run.teacher, Cache) else None, earlier
         self.ctx = make_context(run)
         self.run = self.ctx.run  # a cache's answers come with the data
         self.process = (jax.process_index(), jax.process_count())
         self.periodic = metrics.Periodic()
+        self.hacking = Watch()
         self.checkpoints = None
         if folder is not None:
             self.checkpoints = Checkpoints(folder / "checkpoints", keep=run.keep, best=run.best, report=listener.message)
@@ -354,6 +358,8 @@ class _Training:
         values = {f"eval/{name}": value for name, value in found.metrics.items()}
         writer.write(step, values | {f"gradient/{name}": value for name, value in gradients.items()})
         self.listener.evaluated(self.name, step, found.metrics)
+        if told := self.hacking.see(step, found.metrics):
+            self.listener.message(f"{self.name}: {told}")
         return found
 
     def _product(self, state: State, frozen: Frozen) -> Model:
@@ -366,7 +372,7 @@ class _Training:
             "parameters": trees.count(product.params),
             "extra_parameters": sum(map(trees.count, own)),  # what the recipe trains beside the student: projectors, critics
             **{name: evaluation.metrics.get(name) for name in ("accuracy", "nll", "ece", "agreement", "kl")},
-            **{name: evaluation.metrics[name] for name in ("bits_per_byte",) if name in evaluation.metrics},
+            **{name: evaluation.metrics[name] for name in ("bits_per_byte", "oracle_kl") if name in evaluation.metrics},
             "examples_per_s": clock.mean(),
             "steps": self.run.steps,
             **{f"{side}_flops": getattr(self.work, side) for side in ("student", "teacher")},  # of one step

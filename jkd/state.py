@@ -70,39 +70,36 @@ def freeze(ctx: Context) -> Frozen:
     """The frozen arrays of a run, in ``teacher_dtype`` and in their places.
 
     Raises:
-        InputError: the teacher holds no weights.
+        InputError: the teacher or the oracle holds no weights.
     """
     frozen: Frozen = {"params": {}, "buffers": {}}
-    if not _frozen_teacher(ctx):
-        return frozen
-    teacher = ctx.networks["teacher"]
-    if not teacher.initialised:
-        raise InputError(
-            f"teacher {teacher.name} holds no weights: train it first (an earlier run of the Experiment) or load it"
-        )
     dtype = jnp.dtype(ctx.run.teacher_dtype)
 
     def cast(leaf: Any) -> Any:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    places = sharding.shardings(ctx.specs["teacher"], ctx.mesh)
-    frozen["params"]["teacher"] = sharding.put(jax.tree.map(cast, teacher.params), places)
-    everywhere = jax.tree.map(lambda _: P(), teacher.buffers)
-    frozen["buffers"]["teacher"] = sharding.put(teacher.buffers, sharding.shardings(everywhere, ctx.mesh))
+    for side in _frozen(ctx):
+        network = ctx.networks[side]
+        if not network.initialised:
+            raise InputError(
+                f"{side} {network.name} holds no weights: train it first (an earlier run of the Experiment) or load it"
+            )
+        places = sharding.shardings(ctx.specs[side], ctx.mesh)
+        frozen["params"][side] = sharding.put(jax.tree.map(cast, network.params), places)
+        everywhere = jax.tree.map(lambda _: P(), network.buffers)
+        frozen["buffers"][side] = sharding.put(network.buffers, sharding.shardings(everywhere, ctx.mesh))
     return frozen
 
 
 def frozen_shapes(ctx: Context) -> Frozen:
     """Shapes of `freeze`; nothing is moved."""
-    if not _frozen_teacher(ctx):
-        return {"params": {}, "buffers": {}}
     dtype = jnp.dtype(ctx.run.teacher_dtype)
 
     def cast(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
 
-    params = jax.tree.map(cast, ctx.params["teacher"])
-    return {"params": {"teacher": params}, "buffers": {"teacher": ctx.buffers["teacher"]}}
+    params = {side: jax.tree.map(cast, ctx.params[side]) for side in _frozen(ctx)}
+    return {"params": params, "buffers": {side: ctx.buffers[side] for side in params}}
 
 
 def state_shapes(ctx: Context) -> State:
@@ -162,8 +159,10 @@ def trainable(ctx: Context, group: str, params: Tree) -> tuple[Tree, Tree]:
     return trees.split(params, lambda path: ctx.trains(group, path))
 
 
-def _frozen_teacher(ctx: Context) -> bool:
-    return "teacher" in ctx.networks and "teacher" not in ctx.groups and not isinstance(ctx.run.teacher, StudentEma)
+def _frozen(ctx: Context) -> tuple[str, ...]:
+    """The networks whose weights no step changes."""
+    moves = isinstance(ctx.run.teacher, StudentEma) or "teacher" in ctx.groups
+    return tuple(side for side in ("teacher", "oracle") if side in ctx.networks and not (side == "teacher" and moves))
 
 
 def _networks_in_state(ctx: Context) -> tuple[str, ...]:

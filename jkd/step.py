@@ -77,7 +77,8 @@ def make_eval_step(ctx: Context, measure: Callable[..., Tree], *, ema: bool = Fa
     """``eval_step(state, frozen, batch) -> measure(student, teacher, batch)``, jitted, for the product that the recipe deploys.
 
     Args:
-        measure: takes the Outputs of the product and of the teacher (None without one) and the batch.
+        measure: takes the Outputs of the product and of the teacher (None without one) and the batch; where the run has an oracle,
+            its Outputs too (``oracle=``).
         ema: whether the average stands in the student's place.
     """
 
@@ -89,7 +90,8 @@ def make_eval_step(ctx: Context, measure: Callable[..., Tree], *, ema: bool = Fa
         # answers that come with the training batches are not there for other examples
         elsewhere = "teacher" in ctx.raw_batch and "teacher" not in batch
         teacher = None if elsewhere else models.teacher(batch, taps=())
-        return measure(student, teacher, batch)
+        oracle = {"oracle": models.apply("oracle", batch, taps=())[0]} if "oracle" in ctx.networks else {}
+        return measure(student, teacher, batch, **oracle)
 
     return jax.jit(eval_step)
 

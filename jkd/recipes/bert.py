@@ -110,9 +110,9 @@ class TinyBERT(Recipe):
     def terms(self, vars, student, teacher, batch, *, clock, key):
         terms = with_task(self.task_weight, student, batch)
         weight, mask = schedules.at(self.weight, clock), batch.get("mask")
-        for i, (mine, theirs) in enumerate(zip(self.student_attention, self.teacher_attention, strict=True)):
+        for i, pair in enumerate(zip(self.student_attention, self.teacher_attention, strict=True)):
             if self._compares:
-                both = _scores(student, mine), _scores(teacher, theirs)
+                both = _scores(student, pair[0]), _scores(teacher, pair[1])
                 if both[0].shape != both[1].shape:
                     raise InputError(
                         f"TinyBERT: the student has {both[0].shape[1]} attention heads, the teacher {both[1].shape[1]}; MiniLMv2 "
@@ -193,7 +193,7 @@ def _scores(outputs: Outputs, taps: tuple[str, str]) -> Array:
     return scores(*(by_head(outputs.taps[tap], None, "TinyBERT attention taps") for tap in taps))
 
 
-def _counted(batch: Batch, values: Array) -> Array:
+def _counted(batch: Batch, values: Any) -> Array:
     """The weight of every token ``[batch, tokens]`` that is real; of features that are no tokens the row's own."""
     if "mask" not in batch or values.ndim != 2:
         return batch["weight"]

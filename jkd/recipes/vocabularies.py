@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class ULD(Recipe):
         temperature = schedules.at(self.temperature, clock)
         place, there = counterparts(batch)
 
-        def distance(mine: Array, theirs: Array) -> Array:
+        def distance(mine: Array, theirs: Array) -> Any:
             return losses.uld(mine, theirs, temperature=temperature)
 
         values = sparse.by_position(distance, student, _at(teacher, place))

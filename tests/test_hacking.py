@@ -1,0 +1,103 @@
+"""The teacher-hacking monitor: when it speaks, and a run whose student goes past the oracle on its way to the teacher."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import jkd
+from jkd import data, models, optim, trees
+from jkd.config import Experiment, Run, dependencies
+from jkd.errors import InputError
+from jkd.hacking import Watch
+from jkd.loop import Listener
+from jkd.recipes import KD
+
+CLASSES, MAIN, OWN = 4, 6, 6
+
+
+def test_it_speaks_once_where_the_one_falls_and_the_other_rises():
+    watch = Watch()
+    seen = [(1.0, 1.0), (0.5, 0.4), (0.4, 0.41), (0.3, 0.5), (0.2, 0.9)]
+    told = [watch.see(step, {"kl": kl, "oracle_kl": oracle}) for step, (kl, oracle) in enumerate(seen)]
+    assert [one is not None for one in told] == [False, False, False, True, False]  # 0.41 is within the noise
+    assert "since step 1 " in told[3]
+    assert "(KL 0.4 to 0.5)" in told[3]
+    both_rise = Watch()  # the student forgets: that is no hacking
+    assert not any(both_rise.see(i, {"kl": 1.0 + i, "oracle_kl": 1.0 + i}) for i in range(4))
+    assert Watch().see(0, {"kl": 1.0}) is None
+
+
+def linear(kernel: np.ndarray, name: str) -> jkd.Model:
+    config = models.mlp.Config(features=MAIN + OWN, hidden=(), classes=CLASSES)
+    model = config.build()
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), model.params)
+    (path,) = [path for path, leaf in trees.flatten(params).items() if leaf.ndim == 2]
+    return model.with_weights(trees.unflatten(trees.flatten(params) | {path: kernel.astype(np.float32)}), {})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The teacher knows what the oracle knows, of the large features, and has mistakes of its own in the small ones, which are
+    learned later."""
+    rng = np.random.default_rng(0)
+    kernel = np.zeros((MAIN + OWN, CLASSES))
+    kernel[:MAIN] = rng.normal(size=(MAIN, CLASSES))
+    mistaken = kernel.copy()
+    mistaken[MAIN:] = 6 * rng.normal(size=(OWN, CLASSES))
+    scale = np.array([1.0] * MAIN + [0.2] * OWN)
+    image = (rng.normal(size=(512, MAIN + OWN)) * scale).astype(np.float32).reshape(-1, 1, 1, MAIN + OWN)
+    label = rng.integers(0, CLASSES, 512).astype(np.int32)
+    run = Run(
+        student=linear(0 * kernel, "student"),
+        teacher=linear(mistaken, "teacher"),
+        oracle=linear(kernel, "oracle"),
+        recipe=KD(temperature=1.0, weight=1.0, task_weight=0.0),
+        data=data.arrays(image=image[:384], label=label[:384], eval=dict(image=image[384:], label=label[384:])),
+        optimizer=optim.sgd(1.0, momentum=0.0),
+        batch_size=64,
+        steps=300,
+        evaluate_every=20,
+    )
+    heard: dict[str, list] = {"evaluated": [], "message": []}
+
+    class Ear(Listener):
+        def evaluated(self, name, step, values):
+            heard["evaluated"].append((values["kl"], values["oracle_kl"], values["oracle_agreement"]))
+
+        def message(self, text):
+            heard["message"].append(text)
+
+    folder = tmp_path_factory.mktemp("hacking")
+    found = jkd.train(run, folder, listener=Ear())
+    return found, np.array(heard["evaluated"]), heard["message"], folder
+
+
+def test_proxy_falls_while_golden_rises_and_the_run_says_so(trained):
+    found, heard, messages, folder = trained
+    proxy, golden = heard[:, 0], heard[:, 1]
+    assert (np.diff(proxy) < 1e-4).all()
+    lowest = golden.argmin()
+    assert 0 <= lowest < len(golden) // 2
+    assert golden[-1] > 1.2 * golden[lowest]
+    (message,) = [one for one in messages if "teacher hacking" in one]
+    assert message.startswith(f"student: teacher hacking: since step {20 * (lowest + 1)} ")
+    assert found.summary["student"]["oracle_kl"] == pytest.approx(golden[-1])
+    result = json.loads((folder / "student" / "result.json").read_text())
+    assert result["metrics"]["oracle_kl"] == pytest.approx(golden[-1])
+    assert 0 <= result["metrics"]["oracle_agreement"] <= 1
+
+
+def test_an_oracle_is_named_like_a_teacher_and_must_hold_weights():
+    config = models.mlp.Config(features=64, classes=10)
+    shared = dict(student=config, recipe=KD(), optimizer=optim.sgd(0.1), steps=1, data=data.digits())
+    node = Run(teacher="teacher", oracle="oracle", **shared)
+    assert dependencies(node) == ("teacher", "oracle")
+    with pytest.raises(InputError, match="no earlier node is called 'oracle'"):
+        Experiment(teacher=Run(**shared), student=node)
+    with pytest.raises(InputError, match="oracle .* holds no weights"):
+        jkd.train(Run(teacher=tiny.weights(config.build()), oracle=config, **shared))
