@@ -245,8 +245,9 @@ class Records:
         taken = {name: record[theirs] for name, theirs in self._columns.items()}
         record = {name: value for name, value in record.items() if name not in self._columns.values()} | taken
         image = record.get("image")
-        if hasattr(image, "convert") and hasattr(image, "mode"):  # Pillow's, which need not be installed
-            record["image"] = pixels(image, 1 if image.mode in ("1", "L") else 3)
+        mode = getattr(image, "mode", None)
+        if mode is not None and hasattr(image, "convert"):  # Pillow's, which need not be installed
+            record["image"] = pixels(image, 1 if mode in ("1", "L") else 3)
         return record
 
     def example(self) -> Record:

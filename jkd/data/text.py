@@ -70,7 +70,7 @@ def documents(
     place = None if folder is None else os.fspath(folder)
 
     def source(texts: Any, **options: Any) -> Text:
-        if not isinstance(texts, Documents):
+        if not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
             raise InputError(f"{name}: a {type(texts).__name__} is no text: it needs __len__ and __getitem__")
         # what is read from files says what it is, and is not opened yet
         said = isinstance(texts, JsonLines | Parquet) or hasattr(texts, "conversational")
