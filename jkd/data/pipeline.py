@@ -2,7 +2,8 @@
 
 Every element of the grain pipeline is a whole batch, computed from its position alone: `Order` says which examples it holds,
 the source gives them, the maps change them. Threads, worker processes, prefetching and restarts therefore cannot change what a
-batch holds, and grain's cost for each element (about 0.1 ms) is paid for each batch instead of for each record.
+batch holds, and grain's cost for each element (about 0.1 ms) is paid for each batch instead of for each record; batches that take
+less than that to gather from memory do without grain.
 """
 
 from __future__ import annotations
@@ -230,6 +231,13 @@ class _Train:
         for name, other, ratio in data.streams:
             self._streams.append((name, _Train(other, batch_size * ratio, seed_of(seed, name), start, process)))
 
+    @property
+    def gathered(self) -> bool:
+        """Whether batches are so cheap that nothing need be ready before it is asked for."""
+        data = self._data
+        plain = not (data.train_maps or data.streams or data.answers or data.threads or data.workers)
+        return plain and _gathers(data.train, self._batch_size // self._process[1])
+
     def __len__(self) -> int:
         return sys.maxsize
 
@@ -252,6 +260,12 @@ class _Eval:
     def __init__(self, data: Data, batch_size: int, process: tuple[int, int]):
         self._data, self._batch_size, self._process = data, batch_size, process
         self._size = data.eval_size
+
+    @property
+    def gathered(self) -> bool:
+        data = self._data
+        plain = not (data.eval_maps or data.answers or data.threads or data.workers)
+        return plain and data.eval is not None and _gathers(data.eval, self._batch_size // self._process[1])
 
     def __len__(self) -> int:
         return -(-self._size // self._batch_size)
@@ -282,7 +296,18 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
 
 
-def _iterate(batches: Any, data: Data) -> Iterator[Batch]:
+GATHERED = 2**18
+"""Bytes of a batch up to which it is gathered from memory when it is asked for: handing it over from a thread would take longer."""
+
+
+def _gathers(source: Source, rows: int) -> bool:
+    columns = source.columns()
+    return columns is not None and rows * sum(column.nbytes for column in columns.values()) <= GATHERED * len(source)
+
+
+def _iterate(batches: _Train | _Eval, data: Data) -> Iterator[Batch]:
+    if batches.gathered:
+        return (batches[place] for place in range(len(batches)))
     try:
         import grain
     except ImportError as error:
@@ -297,12 +322,12 @@ def _iterate(batches: Any, data: Data) -> Iterator[Batch]:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain hands absl's flags to its workers, and jkd's command line does not use absl
         pipeline = pipeline.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
-    batches = _closing(pipeline)
-    _open.add(batches)
+    made = _closing(pipeline)
+    _open.add(made)
     # Registered again each time, so that it comes before what multiprocessing does at exit: it would end the workers first.
     atexit.unregister(_close_all)
     atexit.register(_close_all)
-    return batches
+    return made
 
 
 def _closing(pipeline: Any) -> Generator[Batch]:

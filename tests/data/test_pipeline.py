@@ -1,8 +1,10 @@
 """Batches: the same rows whatever the hosts, threads, workers and restarts; the keys that every batch has; the errors."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -96,6 +98,17 @@ def test_threads_change_nothing():
     runs = [take(MADE["joined"](threads=threads).batches(8, seed=1), 12) for threads in (1, 3, 16)]
     same(runs[0], runs[1])
     same(runs[0], runs[2])
+
+
+def test_small_batches_that_lie_in_memory_come_without_threads_and_are_the_same():
+    plain, threaded = MADE["arrays"](), dataclasses.replace(MADE["arrays"](), threads=1)
+    alive = threading.active_count()
+    rows = plain.batches(8, seed=1)
+    first = list(itertools.islice(rows, 12))
+    assert threading.active_count() == alive
+    rows.close()
+    same(first, take(threaded.batches(8, seed=1), 12))
+    same(list(plain.eval_batches(8)), list(threaded.eval_batches(8)))
 
 
 def test_workers_change_nothing_and_their_errors_arrive():
