@@ -36,7 +36,9 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._command}: ended with exit code {self._process.wait()}")
+            code = self._process.wait()
+            self.close()
+            raise SystemExit(f"{self._command}: ended with exit code {code}")
         return line.strip()
 
     def __call__(self) -> float:
@@ -50,6 +52,8 @@ class Worker:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         self._process.wait()
 
 

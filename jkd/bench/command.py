@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.ab is not None:
         if arguments.sweep or arguments.profile:
             raise InputError("--ab compares two runs: --sweep and --profile are for one CONFIG")
-        works = [Workload(*_one(text, arguments)) for text in arguments.ab]
-        found = measure.paired(*works, rounds=arguments.steps)
+        first, second = [_one(text, arguments) for text in arguments.ab]  # a mistake in either is told before anything compiles
+        found = measure.paired(Workload(*first), Workload(*second), rounds=arguments.steps)
         _tell(table.pair(found), [found], arguments)
         return
     for name, each in _runs(arguments.config, arguments.sets, arguments.run).items():

@@ -37,11 +37,14 @@ def test_rounds_run_forwards_and_backwards_in_turn_and_the_first_are_dropped():
     assert "".join(order) == "abbaab"
 
 
-def test_two_workers_with_a_known_ratio(capsys):
+def test_two_workers_with_a_known_ratio(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("pair", PAIR)
     pair = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pair)
-    commands = [f'{sys.executable} -c "{WORKER.format(seconds)}"' for seconds in (0.75, 0.25)]
+    commands = []
+    for name, seconds in (("slow", 0.75), ("quick", 0.25)):
+        (tmp_path / name).write_text(WORKER.format(seconds))
+        commands.append(f"{sys.executable} {tmp_path / name}")
     pair.main([*commands, "--rounds", "5"])
     out, err = capsys.readouterr()
     found = json.loads(out)

@@ -278,6 +278,7 @@ def test_an_iterator_left_open_does_not_hold_up_the_exit():
         "import numpy as np; from jkd import data\n"
         "d = data.arrays(image=np.zeros((64, 8, 8, 1), np.uint8), label=np.zeros(64, int))\n"
         "import dataclasses\n"
+        "d = dataclasses.replace(d, threads=1)\n"
         "if __name__ == '__main__':\n"
         "    b = d.batches(16, seed=0); next(b); e = d.batches(16, seed=1); next(e); e.close()\n"
         "    w = dataclasses.replace(d, workers=1).batches(16, seed=0); next(w)\n"
