@@ -184,10 +184,7 @@ def _bytes(ctx: Context, compiled: Any, text: str, refusal: str) -> dict[str, in
         owner = "teacher" if frozen else owners.get(part.name.partition(" ")[0], "parameters")
         parts[owner] = parts.get(owner, 0) + part.per_device
     if compiled is None:
-        wanted = re.search(r"Used ([\d.]+)([KMG]?) of", refusal)
-        scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-        used = int(float(wanted[1]) * scale[wanted[2]]) if wanted else 0
-        return parts | {"temporaries": max(0, used - sum(parts.values()))}
+        return parts | {"temporaries": refused(refusal, sum(parts.values()))}
     stats = compiled.memory_analysis()
     arguments = stats.argument_size_in_bytes
     parts["padding"] = max(0, arguments - sum(parts.values()))  # of tiles, where the platform has them
@@ -197,6 +194,21 @@ def _bytes(ctx: Context, compiled: Any, text: str, refusal: str) -> dict[str, in
     parts["temporaries"] = stats.temp_size_in_bytes - activations + out
     parts["program"] = stats.generated_code_size_in_bytes
     return parts
+
+
+def refused(message: str, known: int) -> int:
+    """Bytes of temporaries that a program wanted, as a compiler says that it found no room for it; 0 where it does not say.
+
+    Args:
+        message: the compiler's.
+        known: bytes of everything else.
+    """
+    scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    if found := re.search(r"temporaries \(([\d.]+)([KMGT]?)\)", message):
+        return int(float(found[1]) * scale[found[2]])
+    if found := re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", message):
+        return max(0, int(float(found[1]) * scale[found[2]]) - known)
+    return 0
 
 
 def _traffic(ctx: Context, found: Sequence[hlo.Collective]) -> list[Traffic]:

@@ -158,6 +158,21 @@ def test_the_text_says_whether_it_fits_how_long_and_how_dear():
 
 
 @pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (40.25G) exceeds available HBM (15.75G).",
+            40.25 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 20.5 * 2**30 - 1000),
+        ("RESOURCE_EXHAUSTED: no room", 0),
+    ],
+)
+def test_what_a_program_wanted_that_does_not_fit(message, size):
+    assert plan.refused(message, 1000) == size
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("v7:2x2", "--topology v7:2x2: give v5e:16x16"),
@@ -223,6 +238,17 @@ def test_a_config_compiles_for_a_pod(config, name, chips, sets):
     assert 0.99 * trainable <= reduced <= 1.01 * (trainable + tables)
     assert made.seconds is not None
     assert np.isfinite(list(made.seconds.values())).all()
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_a_program_that_does_not_fit_is_told_and_not_a_crash():
+    run = plan.pick(configfile.resolve(configfile.load("digits"), ["student.batch_size=16777216"]))[1]
+    made = plan.plan(run, topology.of("v5e:2x2"))
+    assert made.fits is False
+    assert sum(made.bytes_per_chip.values()) > made.topology.chip.memory
+    assert made.as_json()["predicted_step_s"] is None
+    assert "DOES NOT FIT" in plantext.text("student", made)
 
 
 @needs_tpu
