@@ -101,6 +101,13 @@ def test_buffers_are_what_is_written_to_main_memory():
     assert {one.bytes for one in hlo.buffers(NESTED, smallest=512)} == {2048, 512}
 
 
+def test_memory_traffic_is_what_operations_read_and_write_as_often_as_they_run():
+    entry = (512 + 256) + (512 + 512) + (512 + 512 + 512)  # convert, all-reduce, add
+    outer = (256 + 2048) + (2048 + 512)  # broadcast, and the fusion, within which nothing moves
+    inner = 256 + 2 * 256  # the all-gather writes to vector memory; a slice reads what it keeps
+    assert hlo.traffic(NESTED) == entry + 2 * outer + 10 * inner + 2 * 9  # and a condition's comparison
+
+
 @pytest.mark.parametrize(
     ("written", "wanted"),
     [
@@ -176,3 +183,9 @@ def test_buffers_of_a_compiled_program_are_one_devices(scanned):
     assert hlo.holding(scanned, [LAYERS, ROWS, WIDE])  # what the backward pass needs of every layer
     assert not hlo.holding(scanned, [8 * ROWS])  # nobody's rows are another's
     assert not hlo.holding(scanned, [LAYERS, WIDE, WIDE, WIDE])
+
+
+def test_what_the_forward_pass_keeps_is_what_the_backward_pass_reads(scanned):
+    outputs, weights = LAYERS * ROWS * WIDE * 4, LAYERS * WIDE * WIDE * 4
+    assert outputs <= hlo.kept(scanned) <= 2 * (outputs + weights)
+    assert hlo.kept(NESTED) == 0
