@@ -6,6 +6,7 @@ Everything loads on first use, so that ``from jkd import losses`` needs jax and 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -74,6 +75,10 @@ def __getattr__(name: str) -> Any:
         return _load(_HOME[name], name)
     if name in _MODULES:
         return _load(name)
+    for module in ("recipes", "models", "data", "losses"):
+        found = sys.modules.get(f"jkd.{module}")
+        if found is not None and hasattr(found, name):
+            raise AttributeError(f"module 'jkd' has no attribute {name!r}: it is jkd.{module}.{name}")
     raise AttributeError(f"module 'jkd' has no attribute {name!r}")
 
 

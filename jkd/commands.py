@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from jkd.config import Experiment
     from jkd.console import Watch
+    from jkd.context import Context
 
 _PACKAGES = {
     "flax": "flax",
@@ -42,9 +43,9 @@ def train(arguments: argparse.Namespace, typed: str) -> int:
     seeds = _seeds(arguments, function)
     experiment = configfile.resolve(function, arguments.sets)
     devices.check(arguments.device)
-    from etils import epath
+    from jkd import workdir as workdirs
 
-    workdir = epath.Path(arguments.workdir or _default(arguments.config, experiment, seeds))
+    workdir = workdirs.at(arguments.workdir or _default(arguments.config, experiment, seeds))
     if seeds is None:
         return _train(experiment, workdir, arguments, typed)[0]
     summaries = []
@@ -109,13 +110,13 @@ def cache(arguments: argparse.Namespace, typed: str) -> int:
     programcache.start()
     experiment = configfile.resolve(configfile.load(arguments.config), arguments.sets)
     devices.check(arguments.device)
-    from etils import epath
+    from jkd import workdir as workdirs
 
     if not any(isinstance(node, Run) and isinstance(node.teacher, Cache) for node in experiment.nodes.values()):
         raise InputError(
             f"{arguments.config}: no run of it has a cache for its teacher (Run.teacher = cache.Cache(path=…, codec=…))"
         )
-    workdir = epath.Path(arguments.workdir or _default(arguments.config, experiment, None))
+    workdir = workdirs.at(arguments.workdir or _default(arguments.config, experiment, None))
     return _train(experiment, workdir, arguments, typed, caches_only=True)[0]
 
 
@@ -129,14 +130,38 @@ def _out_of_memory(error: Exception, watch: Watch) -> str:
         return f"{line}; try a smaller batch_size"
     run = watch.ctx.run
     rows = sorted(describe.memory(watch.ctx), key=lambda row: -row.per_device)
-    largest = ", ".join(f"{row.name} {row.per_device / 2**20:,.1f} MiB" for row in rows[:3])
+    state = ", ".join(f"{row.name} {_size(row.per_device)}" for row in rows[:3])
     tries = [f"batch_size below {run.batch_size}", f"microbatches above {run.microbatches}"]
     tries += [] if run.remat else ["remat"]
     tries += [] if watch.ctx.mesh.shape["fsdp"] > 1 else ["mesh=MeshShape(fsdp=…)"]
     tries += [] if run.teacher_dtype != "float32" or run.teacher is None else ["teacher_dtype='bfloat16'"]
     return (
-        f"{line}; largest parts of the state on each device: {largest}, and beside them the activations; try {', '.join(tries)}"
+        f"{line}; largest parts of the state on each device: {state}; largest buffers of a step: {_largest(watch.ctx)}; "
+        f"try {', '.join(tries)}"
     )
+
+
+def _largest(ctx: Context) -> str:
+    """The largest arrays that a step holds beside what it is called with; compiled again, which takes no memory there."""
+    from jkd import hlo
+    from jkd.state import step_shapes
+    from jkd.step import make_step
+
+    try:
+        step: Any = make_step(ctx)
+        found = hlo.buffers(step.lower(*step_shapes(ctx)).compile().as_text() or "")
+    except Exception:  # the compiler itself may have been what wanted the memory
+        return "not known"
+    named = {
+        f"{buffer.array.dtype}{list(buffer.array.shape)} {_size(buffer.bytes)} of {buffer.of or buffer.op}": None
+        for buffer in found
+        if buffer.op != "parameter"
+    }
+    return ", ".join(list(named)[:3])
+
+
+def _size(bytes: float) -> str:
+    return f"{bytes / 2**20:,.1f} MiB"
 
 
 def _seeds(arguments: argparse.Namespace, function: Any) -> range | None:
@@ -252,6 +277,40 @@ def export(arguments: argparse.Namespace, typed: str) -> int:
     workdir, tell = epath.Path(arguments.folder), console.Watch().message
     stand = replay.stand(replay.experiment_of(workdir), workdir, arguments.run, tell)
     write(stand, arguments.directory, ema=arguments.ema or None, dtype=arguments.dtype, said=tell)
+    return 0
+
+
+def debug(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd debug``."""
+    _require(_PACKAGES)
+    from jkd import console, devices, replay
+
+    devices.start(None)
+    from etils import epath
+
+    from jkd.debug import find
+
+    workdir = epath.Path(arguments.folder)
+    for line in find(replay.experiment_of(workdir), workdir, arguments.run, console.Watch().message):
+        print(line)
+    return 0
+
+
+def data(arguments: argparse.Namespace, typed: str) -> int:
+    """``jkd data``."""
+    _require(_PACKAGES)
+    from jkd import devices
+
+    devices.start(arguments.device)
+    from jkd.examples import show
+
+    if arguments.rows < 1:
+        raise InputError(f"--rows {arguments.rows}: give at least 1")
+    experiment = configfile.resolve(configfile.load(arguments.config), arguments.sets)
+    text, sheet = show(experiment, arguments.rows)
+    print(text)
+    if sheet is not None:
+        _write(arguments.png or f"{Path(arguments.config).stem}-data.png", sheet, "--png")
     return 0
 
 

@@ -99,7 +99,7 @@ def load(path_or_name: str | os.PathLike[str], *, beside: str | None = None) -> 
     try:
         # no cached bytecode: its time stamps are too coarse for a file that was just edited
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _explained(error, str(path)) from error
     function = module.__dict__.get("config")
     if not inspect.isfunction(function):
@@ -129,7 +129,7 @@ def resolve(function: Callable[..., Any], sets: Sequence[str] = ()) -> Experimen
     where = function.__code__.co_filename if inspect.isfunction(function) else ""
     try:
         made = function(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a config that ends the process must not look like a finished run
         raise _explained(error, where) from error
     if isinstance(made, Run):
         made = Experiment(student=made)
@@ -150,7 +150,7 @@ def _name(function: Callable[..., Any]) -> str:
     return f"{inspect.getsourcefile(function) or 'config'}: {getattr(function, '__name__', 'config')}()"
 
 
-def _explained(error: Exception, file: str) -> InputError:
+def _explained(error: BaseException, file: str) -> InputError:
     """What a config raised, as one line that says where in the config it was."""
     if isinstance(error, SyntaxError) and error.filename == file:
         return InputError(f"{file}, line {error.lineno}: {error.msg}")
@@ -168,7 +168,7 @@ def _explained(error: Exception, file: str) -> InputError:
     return InputError(f"{where}: {type(error).__name__}{': ' if text else ''}{text}{_meant(error)}")
 
 
-def _meant(error: Exception) -> str:
+def _meant(error: BaseException) -> str:
     """The nearest name after a misspelt field of one of jkd's dataclasses or a misspelt attribute of its modules."""
     if isinstance(error, AttributeError) and error.name and inspect.ismodule(error.obj):
         return nearest(error.name, [name for name in dir(error.obj) if not name.startswith("_")])
@@ -179,7 +179,7 @@ def _meant(error: Exception) -> str:
     return ""
 
 
-def _called(error: Exception, name: str) -> list[Any]:
+def _called(error: BaseException, name: str) -> list[Any]:
     """What the frame that raised calls by this name: in its variables, or in a module among them."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

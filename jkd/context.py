@@ -94,7 +94,10 @@ class Context:
     def vars(self) -> Vars:
         """Shapes of what `Recipe.init` makes."""
         with explained(f"{type(self.recipe).__name__}.init"):
-            return jax.eval_shape(lambda key: self.recipe.init(key, self), key_shape())
+            made = jax.eval_shape(lambda key: self.recipe.init(key, self), key_shape())
+        if not isinstance(made, Vars):
+            raise InputError(f"{type(self.recipe).__name__}.init gave {type(made).__name__}; give Vars(params, memory)")
+        return made
 
     @functools.cached_property
     def updates(self) -> tuple[Update, ...]:

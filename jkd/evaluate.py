@@ -13,6 +13,7 @@ import numpy as np
 
 from jkd import losses, sharding, sparse, tokens
 from jkd.context import Context
+from jkd.data.batch import check_batch
 from jkd.recipe import label_weight
 from jkd.state import Frozen, State
 from jkd.step import make_eval_step
@@ -181,6 +182,7 @@ def make_evaluate(ctx: Context) -> Callable[[State, Frozen], Evaluation] | None:
     def evaluate(state: State, frozen: Frozen) -> Evaluation:
         total: Sums | None = None
         for batch in data.eval_batches(rows, process=process):
+            check_batch(batch, ctx.classes)
             sums = eval_step(state, frozen, sharding.put_batch(batch, ctx.mesh))
             total = sums if total is None else add(total, sums)
         if total is None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jkd import sharding
 from jkd.context import Context
+from jkd.data.batch import check_batch
 from jkd.errors import InputError
 from jkd.prepare import make_prepare
 from jkd.recipe import Recipe
@@ -53,6 +54,8 @@ class Feed:
         start, most = time.perf_counter(), self._ctx.run.steps_per_call
         rows = [next(self._rows) for _ in range(count)]
         self.waited += time.perf_counter() - start
+        for each in rows:
+            check_batch(each, self._ctx.classes)  # data need not say how many there are
         if most > 1:
             return sharding.put_batches(rows + rows[-1:] * (most - count), self._ctx.mesh)
         batch = sharding.put_batch(rows[0], self._ctx.mesh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from jkd.context import Context, augment, explained, key_shape, to_compute
 from jkd.data.tokenizer import check_same
 from jkd.errors import InputError, nearest
 from jkd.prepare import prepared_shapes
+from jkd.recipe import Recipe
 from jkd.types import Batch, Model, Outputs
 
 
@@ -63,6 +66,7 @@ def make_context(
 
 def _resolve(run: Run, mesh: Mesh, raw_batch: Batch, batch: Batch, train_size: int | None) -> Context:
     recipe = run.recipe
+    _check_recipe(recipe)
     networks = {"student": build(run.student)}
     if run.teacher is not None:
         networks["teacher"] = networks["student"] if isinstance(run.teacher, StudentEma) else build_teacher(run.teacher)
@@ -165,6 +169,16 @@ def _check_batch(run: Run, batch: Batch, mesh: Mesh) -> None:
             )
 
 
+def _check_recipe(recipe: Recipe) -> None:
+    """What the command line checks of a recipe's numbers, for those that are given in Python."""
+    for field in dataclasses.fields(recipe):
+        value, where = getattr(recipe, field.name), f"{type(recipe).__name__}.{field.name}"
+        if isinstance(value, str) and str(field.type).startswith(("float", "int")):
+            raise InputError(f"{where} = {value!r} is text; give a number")
+        if field.name.endswith("temperature") and isinstance(value, int | float) and not 0 < value < math.inf:
+            raise InputError(f"{where} = {value}: a temperature must be above 0")
+
+
 def _check_groups(ctx: Context) -> None:
     """Every group has an optimizer, and every name and pattern in the run is one of a group or parameter that exists."""
     run, groups = ctx.run, ctx.groups
@@ -194,3 +208,5 @@ def _check_groups(ctx: Context) -> None:
         for pattern in patterns:
             if not any(trees.matches(path, (pattern.removeprefix("!"),)) for path in paths):
                 raise InputError(f"Run.{field}: {pattern!r} matches no parameter{nearest(pattern, paths)}")
+    if groups == ("student",) and not any(ctx.trains("student", path) for path in sides["student"]):
+        raise InputError(f"Run.trainable = {run.trainable}: no parameter is left to train")

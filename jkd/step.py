@@ -23,7 +23,7 @@ from jkd.networks import averages, gathered, models_at, models_of, moved, seen, 
 from jkd.recipe import Models, Update, Vars
 from jkd.schedules import Clock
 from jkd.state import Frozen, State, state_shardings, step_shapes, trainable
-from jkd.types import Array, Batch, Term, Tree, quotient
+from jkd.types import Array, Batch, Model, Term, Tree, quotient
 
 Metrics = dict[str, Array]
 
@@ -69,7 +69,9 @@ def make_step(ctx: Context) -> Callable[[State, Frozen, Batch], tuple[State, Met
 
     made = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(ctx), None))
     # mistakes in a recipe's hooks are told now; the first call finds this trace
-    made.eval_shape(*step_shapes(ctx))
+    shapes = step_shapes(ctx)
+    made.eval_shape(*shapes)
+    jax.eval_shape(lambda state, frozen: deployed(ctx, models_of(ctx, state, frozen)).params, *shapes[:2])
     return made
 
 
@@ -84,7 +86,7 @@ def make_eval_step(ctx: Context, measure: Callable[..., Tree], *, ema: bool = Fa
 
     def eval_step(state: State, frozen: Frozen, batch: Batch) -> Tree:
         models = models_of(ctx, state, frozen, ema=ema)
-        product = ctx.recipe.deploy(dataclasses.replace(models, params=gathered(ctx, models.params)))
+        product = deployed(ctx, dataclasses.replace(models, params=gathered(ctx, models.params)))
         batch = sharding.constrain_batch(batch, ctx.mesh)
         student, _ = product.apply(to_compute(ctx.run, product.params), product.buffers, to_compute(ctx.run, batch))
         # answers that come with the training batches are not there for other examples
@@ -94,6 +96,19 @@ def make_eval_step(ctx: Context, measure: Callable[..., Tree], *, ema: bool = Fa
         return measure(student, teacher, batch, **oracle)
 
     return jax.jit(eval_step)
+
+
+def deployed(ctx: Context, models: Models) -> Model:
+    """What the recipe makes of the networks.
+
+    Raises:
+        InputError: its `deploy` gives no Model.
+    """
+    with explained(f"{type(ctx.recipe).__name__}.deploy"):
+        product = ctx.recipe.deploy(models)
+    if not isinstance(product, Model):
+        raise InputError(f"{type(ctx.recipe).__name__}.deploy gave {type(product).__name__}; give a Model (models.model(…))")
+    return product
 
 
 def make_term_gradients(ctx: Context) -> Callable[[State, Frozen, Batch], Metrics]:
@@ -289,6 +304,9 @@ def objective(
     vars = Vars(params=gathered(ctx, models.params), memory=models.memory, buffers=dict(models.buffers))
     with explained(f"{type(ctx.recipe).__name__}.terms"):
         terms = update.terms(vars, student, teacher, batch, clock=models.clock, key=key_terms)  # type: ignore[misc]
+    if not isinstance(terms, Mapping) or not terms:
+        found = "no term" if isinstance(terms, Mapping) else type(terms).__name__
+        raise InputError(f"{type(ctx.recipe).__name__}.terms gave {found}; give {{name: Term(values, weight)}}")
     sums = {name: _sums(name, term) for name, term in terms.items()}
     observed = jax.lax.stop_gradient(update.observe(vars, student, teacher, batch))  # type: ignore[misc]
     _check_observed(ctx, observed, batch)
@@ -304,7 +322,8 @@ def objective(
 
 def _sums(name: str, term: Term) -> tuple[Array, Array]:
     if not isinstance(term, Term):
-        raise InputError(f"term {name!r} is no Term(values, weight, coef) but {type(term).__name__}")
+        kind = "an array" if isinstance(term, jax.Array) else type(term).__name__
+        raise InputError(f"term {name!r} is no Term(values, weight, coef) but {kind}")
     try:
         return term.sums()
     except InputError as error:

@@ -13,6 +13,18 @@ from jkd.config import Experiment
 from jkd.errors import InputError
 
 
+def at(path: str) -> epath.Path:
+    """The folder that a path or URL names.
+
+    Raises:
+        InputError: a URL of a kind that is not known.
+    """
+    try:
+        return epath.Path(path)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"workdir {path} cannot be used: no file system is known for {error}") from error
+
+
 def claim(folder: epath.Path, experiment: Experiment) -> epath.Path:
     """Makes the folder and writes the resolved config into it, or checks that it holds this very config.
 

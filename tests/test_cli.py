@@ -55,7 +55,9 @@ def one_line(capsys):
 # --- reading arguments ---
 
 
-@pytest.mark.parametrize("command", ["", "train", "cache", "eval", "report", "export", "describe", "bench", "recipes", "configs"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "cache", "eval", "report", "export", "describe", "bench", "recipes", "configs"]
+)
 def test_every_help_shows_examples(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
@@ -97,6 +99,10 @@ def test_version(capsys):
         (["train", "seedless.py", "--seeds", "2"], "--seeds 2: config() of seedless.py has no parameter 'seed'"),
         (["train", "mine.py", "--device", "tpu"], "--device tpu: jax finds no TPU, its backend is cpu; pip install 'jkd[tpu]'"),
         (["train", "mine.py", "--workdir", "mine.py/x"], "workdir mine.py/x cannot be used: "),
+        (
+            ["train", "mine.py", "--workdir", "what://x"],
+            "workdir what://x cannot be used: no file system is known for 'what://'",
+        ),
         (["eval", "mine.py"], "is not there: nothing was trained with this config; jkd train makes it"),
         (["eval", "."], ". holds no config that jkd train recorded"),
         (["eval", ".", "--set", "steps=3"], "--set changes a config; . is a folder with a config of its own"),
@@ -110,6 +116,14 @@ def test_bad_arguments_are_one_line_and_exit_code_2(argv, message, capsys):
     assert main(argv) == 2
     assert message in one_line(capsys)
     assert not Path("runs").exists()
+
+
+def recipe(hook, answer):
+    """A config whose recipe's hook gives this answer."""
+    return (
+        f"class Mine(recipes.Supervised):\n    def {hook}(self, *args, **options):\n        return {answer}\n"
+        "def config():\n    return run(recipe=Mine())"
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,6 +151,27 @@ def test_bad_arguments_are_one_line_and_exit_code_2(argv, message, capsys):
         ),
         ("def config():\n    return run(data=data.arrays(image=np.zeros((0, 8, 8, 1))))", "the data set is empty"),
         ("def config():\n    return run(recipe=recipes.KD())", "Run.teacher = None: KD needs a teacher"),
+        ("raise SystemExit(0)", "mine.py, line 13: SystemExit: 0"),
+        ("def config():\n    return run(trainable=('!*',))", "no parameter is left to train"),
+        ("def config():\n    return run(recipe=recipes.KD(temperature='4'))", "KD.temperature = '4' is text; give a number"),
+        (
+            "def config():\n    return run(recipe=recipes.KD(temperature=-1.0))",
+            "KD.temperature = -1.0: a temperature must be above 0",
+        ),
+        (recipe("terms", "[]"), "Mine.terms gave list; give {name: Term(values, weight)}"),
+        (recipe("terms", "{}"), "Mine.terms gave no term; give {name: Term(values, weight)}"),
+        (recipe("init", "{}"), "Mine.init gave dict; give Vars(params, memory)"),
+        (recipe("deploy", "3"), "Mine.deploy gave int; give a Model"),
+        (
+            "class Broken:\n    def __len__(self):\n        return 32\n    def __getitem__(self, i):\n        return 1 / 0\n"
+            "def config():\n    return run(data=data.source(Broken()))",
+            "record 0 of Broken: ZeroDivisionError: division by zero",
+        ),
+        (
+            "def config():\n    image = np.full((32, 8, 8, 1), 16.0, np.float32)\n"
+            "    return run(data=data.arrays(image=image, label=np.zeros(32, int)))",
+            "holds floats up to 16: floats are meant to lie in 0..1",
+        ),
     ],
     ids=lambda value: value[-40:],
 )
@@ -146,8 +181,16 @@ def test_bad_configs_are_one_line_and_exit_code_2(body, message, capsys):
     assert message in one_line(capsys)
 
 
-def test_a_label_outside_the_classes_is_found_while_training(capsys):
-    bad = "data.source([dict(image=np.zeros((8, 8, 1), np.float32), label=i) for i in range(16)], classes=10)"
+@pytest.mark.parametrize("data", ["data.arrays(image=np.zeros((32, 8, 8, 1)), classes=10)", "data.digits(labelled=0.0)"])
+def test_a_training_without_anything_to_learn_from_stops(data, capsys):
+    write(f"def config():\n    return run(30, data={data})\n")
+    assert main(["train", "mine.py", "--set", "student.batch_size=16"]) == 2
+    assert "the first 10 steps had neither loss nor gradient: nothing counts for Supervised" in one_line(capsys)
+
+
+@pytest.mark.parametrize("classes", [", classes=10", ""])  # data that do not say are held to the student's
+def test_a_label_outside_the_classes_is_found_while_training(classes, capsys):
+    bad = f"data.source([dict(image=np.zeros((8, 8, 1), np.float32), label=i) for i in range(16)]{classes})"
     write(f"def config():\n    return run(data={bad}, batch_size=16)\n")
     assert main(["train", "mine.py"]) == 2
     assert re.search(r"label 1\d of example \d+ is outside 0\.\.9 \(10 classes\)", one_line(capsys))

@@ -19,13 +19,13 @@ def check_batch(batch: Batch, classes: int | None, *, field: str = "label") -> N
 
     Args:
         batch: NumPy arrays; ``label`` int ``[batch]`` (distributions are left alone).
-        classes: None checks nothing.
+        classes: None checks nothing, nor does 1, which is a score.
 
     Raises:
         InputError: names the value, the example's ``index`` and the field.
     """
     label = batch.get(field)
-    if classes is None or label is None or label.ndim != 1:
+    if classes in (None, 1) or label is None or label.ndim != 1:
         return
     used = np.ones(len(label), bool)
     for name in ("weight", "labelled"):
@@ -90,4 +90,10 @@ def standard(batch: Batch, indices: np.ndarray, classes: int | None) -> Batch:
             raise InputError(f"image of example {indices[0]} has shape {list(image.shape[1:])}, not [height, width, channels]")
         if image.dtype != np.uint8 and image.dtype.kind != "f":
             raise InputError(f"image is {image.dtype}: uint8 in 0..255 or float in 0..1 is needed")
+        if image.dtype.kind == "f" and image.size and (most := image.max()) > 2 and image.min() >= 0:
+            # what was normalised already has values below 0
+            raise InputError(
+                f"image of example {indices[image.max((1, 2, 3)).argmax()]} holds floats up to {most:g}: floats are meant to lie in "
+                "0..1; divide them, or give uint8 in 0..255"
+            )
     return batch

@@ -230,12 +230,23 @@ class Records:
 
     def records(self, indices: Sequence[int]) -> list[Record]:
         many = getattr(self._read, "__getitems__", None)
-        records = list(many(list(indices))) if many is not None else [self._read[index] for index in indices]
+        records = list(many(list(indices))) if many is not None else [self._record(index) for index in indices]
         for position, (index, record) in enumerate(zip(indices, records, strict=True)):
             if not isinstance(record, Mapping):
                 raise InputError(f"record {index} is a {type(record).__name__}, not a dict like dict(image=…, label=…)")
             records[position] = self._named(dict(record), index)
         return records
+
+    def _record(self, index: int) -> Any:
+        try:
+            return self._read[index]
+        except InputError:
+            raise
+        except Exception as error:
+            text = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(
+                f"record {index} of {type(self._read).__name__}: {type(error).__name__}{': ' if text else ''}{text}"
+            ) from error
 
     def _named(self, record: Record, index: int) -> Record:
         """A copy (maps may change it in place, and the object may hand out what it keeps) under the names that batches have."""
