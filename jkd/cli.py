@@ -115,6 +115,24 @@ examples:
 Nothing is trained: teachers that an earlier run would train have random weights, and data that is not on this machine is made up
 in its shapes (the output says so). docs/benchmarks.md defines every number. --json appends one line for each measurement.
 """
+_DEBUG = """
+examples:
+  jkd debug runs/digits-1a2b3c4d                         after a training said that a step is not finite
+  jkd debug runs/digits-1a2b3c4d --run teacher
+
+Trains again from the last good checkpoint (or the start) to the step whose loss or gradient was not finite, with the batch and
+key that were kept of it, and names the first tap, the first term and the first gradient that are not finite, and the rows of the
+batch. Nothing in the folder changes.
+"""
+_DATA = """
+examples:
+  jkd data configs/digits.py                             what each run trains on; images: digits-data.png
+  jkd data mine.py --rows 8 --png sheet.png
+
+Of texts a few rows are printed, decoded: what is counted in the loss stands in «…». Of images a contact sheet is written: each
+row is an example as the data give it, after the run's augmentations, and as the student and the teacher see it. Nothing is
+trained.
+"""
 _RECIPES = """
 examples:
   jkd recipes
@@ -198,6 +216,13 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--sweep", action="store_true", help="time and memory of microbatches and rematerialisation")
     bench.add_argument("--json", metavar="FILE", help="append each measurement to it, one line of JSON each")
     bench.add_argument("--profile", metavar="DIR", help="write a trace of five steps there")
+    debug = command("debug", "Find where a step that was not finite goes wrong.", _DEBUG)
+    debug.add_argument("folder", metavar="RUN_DIR", help="a folder that jkd train made")
+    debug.add_argument("--run", metavar="NAME", help="which run of the config; default: the one with such a step")
+    data = command("data", "Show examples as they are trained on, and what of them counts.", _DATA)
+    config(data, file, "CONFIG")
+    data.add_argument("--rows", metavar="N", type=int, default=4, help="examples of each run's data; default: 4")
+    data.add_argument("--png", metavar="FILE", help="where a contact sheet goes; default: <config>-data.png")
     recipes = command("recipes", "List every method with its citation and what it needs.", _RECIPES)
     recipes.add_argument("--json", action="store_true", help="as JSON")
     configs = command("configs", "List the packaged configs, or print one.", _CONFIGS)

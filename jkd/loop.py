@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jkd import calls, fingerprint, flops, metrics, provenance, sharding, teachers, trees
+from jkd import calls, debug, fingerprint, flops, metrics, provenance, sharding, teachers, trees
 from jkd.cache import Cache
 from jkd.check import check
 from jkd.checkpoint import Checkpoints
@@ -239,11 +239,11 @@ class _Training:
         self.work = flops.of_step(ctx)
         self.call, self.term_gradients = calls.make_call(ctx), make_term_gradients(ctx)
         self.evaluation = make_evaluate(ctx)
-        writer = metrics.writers(self.folder if self.process[0] == 0 else None, start)
+        writer = metrics.writers(self.folder if self.process[0] == 0 else None, start, self.config)
         self.listener.run_started(self.name, ctx, start)
         if start == 0:
             self._check_teacher(state, frozen)
-        feed = Feed(ctx, self.process, start, weights)
+        feed = self.feed = Feed(ctx, self.process, start, weights)
         if feed.resamples(start):
             feed.resample(state, start)  # a checkpoint is written before the reading that its step is due
         clock = metrics.Stopwatch(run.batch_size)
@@ -346,7 +346,11 @@ class _Training:
                 self.checkpoints.wait()  # a save under way counts once it is on disk
             kept = self.checkpoints.steps() if self.checkpoints is not None else []
             last = f"the last good checkpoint is step {kept[-1]}" if kept else "there is no checkpoint yet"
-            raise Failed(f"{self.name}: step {step + 1} is not finite: {cause}; {last}")
+            look = ""
+            if self.folder is not None:
+                debug.keep(self.folder, self.ctx, step, cause, self.feed.weights, self.process)
+                look = f"; jkd debug {self.folder.parent} says where it begins"
+            raise Failed(f"{self.name}: step {step + 1} is not finite: {cause}; {last}{look}")
         found = self.periodic.fill(found)
         if (step + 1) % self.run.log_every == 0 or step == 0:
             writer.write(step + 1, {f"train/{name}": value for name, value in found.items()} | {"train/examples_per_s": rate})

@@ -103,14 +103,18 @@ class Several:
             writer.close()
 
 
-def writers(folder: epath.Path | None, start: int) -> Several:
-    """The default writers of a run: JSON lines anywhere, TensorBoard where the folder is local; none without a folder."""
+def writers(folder: epath.Path | None, start: int, config: Any = None) -> Several:
+    """The writers of a run: JSON lines anywhere, TensorBoard where the folder is local, the trackers that ``JKD_TRACK`` names
+    (`jkd.tracking`); none without a folder.
+    """
     if folder is None:
         return Several()
-    lines = JsonLines(folder / "metrics.jsonl", start)
-    if "://" in str(folder):
-        return Several(lines)
-    return Several(lines, TensorBoard(folder, start))
+    from jkd import tracking
+
+    found: list[Writer] = [JsonLines(folder / "metrics.jsonl", start)]
+    if "://" not in str(folder):
+        found.append(TensorBoard(folder, start))
+    return Several(*found, *tracking.writers(folder, start, config))
 
 
 class Periodic:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 
 from jkd import configfile, fingerprint, teachers, trees
@@ -17,7 +19,7 @@ from jkd.errors import InputError, nearest
 from jkd.evaluate import make_evaluate
 from jkd.networks import models_of
 from jkd.resolve import make_context
-from jkd.state import Frozen, State, freeze, step_shapes
+from jkd.state import Frozen, State, freeze, init_state, step_shapes
 from jkd.types import Model
 
 
@@ -48,6 +50,7 @@ class Stand:
         ctx: the run with its teachers' weights.
         state, frozen: what a step is called with.
         step: updates done.
+        weights: sampling weights in force, or None.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Stand:
     state: State
     frozen: Frozen
     step: int
+    weights: np.ndarray | None = None
 
     def product(self, *, ema: bool | None = None) -> Model:
         """What the run is for (`Recipe.deploy`), with weights; the average's if asked for, by default as the run says."""
@@ -62,13 +66,16 @@ class Stand:
         return self.ctx.recipe.deploy(models)
 
 
-def stands(experiment: Experiment, workdir: epath.Path, report: Callable[[str], None]) -> Iterator[Stand]:
+def stands(
+    experiment: Experiment, workdir: epath.Path, report: Callable[[str], None], *, fresh: str | None = None
+) -> Iterator[Stand]:
     """Every run that has a checkpoint, in order.
 
     Args:
         experiment: what was trained there.
         workdir: the folder.
         report: gets a line for each run that has none, or was not finished.
+        fresh: a run that stands at its start if it has no checkpoint.
     """
     artifacts: dict[str, Any] = {}
     for name, node in experiment.nodes.items():
@@ -83,7 +90,7 @@ def stands(experiment: Experiment, workdir: epath.Path, report: Callable[[str], 
             continue
         if isinstance(node.teacher, (str, Ensemble)):
             node = dataclasses.replace(node, teacher=teachers.named(node.teacher, artifacts))
-        stand = _restored(name, node, workdir / name, report)
+        stand = _restored(name, node, workdir / name, report) or (_begun(name, node) if name == fresh else None)
         if stand is None:
             report(f"{name}: has no checkpoint")
             continue
@@ -93,8 +100,10 @@ def stands(experiment: Experiment, workdir: epath.Path, report: Callable[[str], 
         yield stand
 
 
-def stand(experiment: Experiment, workdir: epath.Path, name: str | None, report: Callable[[str], None]) -> Stand:
-    """One run by name; by default the last of the experiment.
+def stand(
+    experiment: Experiment, workdir: epath.Path, name: str | None, report: Callable[[str], None], *, fresh: bool = False
+) -> Stand:
+    """One run by name; by default the last of the experiment. With ``fresh`` at its start, if it has no checkpoint.
 
     Raises:
         InputError: no such run, or it has no checkpoint.
@@ -108,7 +117,8 @@ def stand(experiment: Experiment, workdir: epath.Path, name: str | None, report:
     for other in reversed(nodes[: nodes.index(name) + 1]):
         wanted |= set(dependencies(experiment.nodes[other])) if other in wanted else set()
     told: list[str] = []
-    for found in stands(Experiment(**{n: node for n, node in experiment.nodes.items() if n in wanted}), workdir, told.append):
+    needed = Experiment(**{other: node for other, node in experiment.nodes.items() if other in wanted})
+    for found in stands(needed, workdir, told.append, fresh=name if fresh else None):
         if found.name == name:
             for line in told:
                 report(line)
@@ -139,4 +149,12 @@ def _restored(name: str, run: Run, folder: epath.Path, report: Callable[[str], N
         restored = checkpoints.restore(step_shapes(ctx)[0])
     finally:
         checkpoints.close()
-    return None if restored is None else Stand(name, ctx, restored[0], freeze(ctx), restored[2])
+    if restored is None:
+        return None
+    state, meta, step = restored
+    return Stand(name, ctx, state, freeze(ctx), step, meta.get("sampling_weights"))
+
+
+def _begun(name: str, run: Run) -> Stand:
+    ctx = make_context(run)
+    return Stand(name, ctx, *init_state(ctx, jax.random.key(run.seed)), 0)

@@ -1,0 +1,153 @@
+"""Examples as they are trained on: texts decoded, with what is counted; images on a contact sheet, as both sides see them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jkd import tokens, trees
+from jkd.config import Experiment, Run
+from jkd.context import augment
+from jkd.data import Data
+from jkd.resolve import build
+from jkd.types import Batch, Preprocess
+
+LONGEST = 1200
+"""Characters of a text that are shown."""
+SIDE, GAP = 112, 8
+
+
+def show(experiment: Experiment, rows: int = 4) -> tuple[str, bytes | None]:
+    """The data of an experiment's runs: text for a terminal, and a PNG where there are images. Nothing is trained.
+
+    Of texts each shown row has what is counted in the loss in ``«…»`` (`jkd.tokens.next_tokens` says what that is); of images the
+    sheet has a line for each example: as the data give it, after `Run.augment`, and resized as student and teacher want it.
+
+    Args:
+        experiment: whose runs; those that share data, batch size, seed and augmentations are shown once.
+        rows: examples of each.
+    """
+    parts, sheets, shown = [], [], dict[Any, str]()
+    for name, run in experiment.nodes.items():
+        if not isinstance(run, Run) or run.data is None:
+            continue
+        key = (id(run.data), run.batch_size, run.seed, tuple(map(id, run.augment)))
+        if key in shown:
+            parts.append(f"{name}: as {shown[key]}")
+            continue
+        shown[key] = name
+        text, sheet = _run(name, run, run.data, rows, experiment)
+        parts.append(text)
+        sheets += sheet
+    return "\n\n".join(parts), _png(sheets) if sheets else None
+
+
+def _run(name: str, run: Run, data: Data, rows: int, experiment: Experiment) -> tuple[str, list[list[tuple[str, np.ndarray]]]]:
+    batches: Any = data.batches(run.batch_size, seed=run.seed)
+    first = next(batches)
+    batches.close()
+    sizes = f"{data.train_size:,} to train on, {data.eval_size:,} to evaluate on"
+    lines = [f"{name}: {data.name}, {sizes}{'' if data.classes is None else f', {data.classes} classes'}"]
+    for path, leaf in trees.flatten({key: leaf for key, leaf in first.items() if key != "teacher"}).items():
+        lines.append(f"  {path:<12} {leaf.dtype}{list(leaf.shape)}{_range(leaf)}")
+    # on the device the whole batch is augmented: what mixes examples must find the others
+    seen = jax.device_get(augment(run, jax.tree.map(jnp.asarray, first), jax.random.key(run.seed)))
+    rows = min(rows, len(first["weight"]))
+    if "tokens" in seen:
+        lines += _texts(data, seen, rows)
+    return "\n".join(lines), _images(name, run, data, first, seen, rows, experiment) if "image" in seen else []
+
+
+def _range(leaf: np.ndarray) -> str:
+    if leaf.ndim == 1 and len(leaf) and leaf.dtype.kind in "iuf":
+        shown = ", ".join(f"{value:g}" for value in leaf[:6])
+        return f"  {shown}{', …' if len(leaf) > 6 else ''}"
+    return f"  {leaf.min():g} to {leaf.max():g}" if leaf.size and leaf.dtype.kind in "iuf" else ""
+
+
+def _texts(data: Data, batch: Batch, rows: int) -> Iterator[str]:
+    weight = np.asarray(tokens.next_tokens({name: jnp.asarray(value) for name, value in batch.items() if name != "teacher"})[1])
+    real = np.asarray(batch["mask"] > 0) if "mask" in batch else np.ones(batch["tokens"].shape, bool)
+    counts = np.roll(weight > 0, 1, axis=1)  # the token that is predicted, not the one that predicts it
+    yield f"  of {real.sum():,} real tokens in this batch {counts.sum():,} are counted ({counts.sum() / max(real.sum(), 1):.0%})"
+    for row in range(rows):
+        yield f"  row {row} (example {batch['index'][row]}, {real[row].sum()} tokens, {counts[row].sum()} counted):"
+        segment = batch["segment"][row] if "segment" in batch else np.ones_like(batch["tokens"][row])
+        yield from _marked(data, batch["tokens"][row], real[row], counts[row], segment)
+
+
+def _marked(data: Data, numbers: np.ndarray, real: np.ndarray, counted: np.ndarray, segment: np.ndarray) -> Iterator[str]:
+    """The documents of a row, each on lines of its own."""
+    room = LONGEST
+    for document in dict.fromkeys(segment[real].tolist()):
+        own = np.flatnonzero(real & (segment == document))
+        runs = np.split(own, np.flatnonzero(np.diff(counted[own].astype(int))) + 1)
+        text = "".join(f"«{said}»" if counted[run[0]] else said for run in runs if (said := _decoded(data, numbers[run])))
+        text, room = text[:room] + ("…" if len(text) > room else ""), room - len(text)
+        yield "\n".join(f"    {line}" for line in text.splitlines() or [""])
+        if room <= 0:
+            return
+
+
+def _decoded(data: Data, numbers: np.ndarray) -> str:
+    if data.tokenizer is None:
+        return " ".join(map(str, numbers)) + " "
+    text = data.tokenizer.decode(numbers)
+    return text or ("<special>" if len(numbers) else "")
+
+
+def _images(
+    name: str, run: Run, data: Data, first: Batch, seen: Batch, rows: int, experiment: Experiment
+) -> list[list[tuple[str, np.ndarray]]]:
+    sides = {"student": build(run.student).preprocess}
+    teacher = experiment.nodes.get(run.teacher) if isinstance(run.teacher, str) else run.teacher
+    if isinstance(teacher, Run):
+        sides["teacher"] = build(teacher.student).preprocess
+    elif teacher is not None and (hasattr(teacher, "build") or hasattr(teacher, "preprocess")):
+        sides["teacher"] = build(teacher).preprocess
+    sheet = []
+    for row in range(rows):
+        label = seen["label"][row] if np.ndim(seen.get("label")) == 1 and seen["labelled"][row] else "no label"
+        line = [(f"{name} {first['index'][row]}: {label}", first["image"][row])]
+        if run.augment:
+            line.append(("augmented", seen["image"][row]))
+        for side, preprocess in sides.items():
+            # its size and crop; mean and deviation would only shift what the eye sees
+            plain = dataclasses.replace(preprocess or Preprocess(), mean=(0.0,), std=(1.0,))
+            line.append((side, np.asarray(plain(jnp.asarray(seen["image"][row])))))
+        sheet.append(line)
+    return sheet
+
+
+def _png(sheet: list[list[tuple[str, np.ndarray]]]) -> bytes:
+    """The lines of a sheet below each other, every image with its title and size."""
+    from PIL import Image, ImageDraw
+
+    cell, title = SIDE + GAP, 26
+    page = Image.new("RGB", (max(map(len, sheet)) * cell + GAP, len(sheet) * (cell + title) + GAP), "white")
+    draw = ImageDraw.Draw(page)
+    for down, line in enumerate(sheet):
+        for across, (text, image) in enumerate(line):
+            left, top = GAP + across * cell, GAP + down * (cell + title)
+            height, width = image.shape[:2]
+            draw.text((left, top), f"{text}\n{width} x {height}", fill="black", font_size=10, spacing=1)
+            scale = SIDE / max(height, width)
+            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            page.paste(Image.fromarray(_rgb(image)).resize(size, Image.Resampling.NEAREST), (left, top + title))
+    content = io.BytesIO()
+    page.save(content, "PNG")
+    return content.getvalue()
+
+
+def _rgb(image: np.ndarray) -> np.ndarray:
+    """uint8 ``[height, width, 3]``; of other numbers of channels the first three, or the first."""
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8:
+        pixels = np.round(np.clip(np.asarray(pixels, np.float32), 0, 1) * 255).astype(np.uint8)
+    return pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
