@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 SIZE = 2 * 2**30
 """Bytes that the folder may hold; what was used longest ago goes first."""
@@ -25,7 +26,8 @@ def start(environment: Mapping[str, str] = os.environ) -> Path | None:
     """
     import jax
 
-    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir is not None:
+    config: Any = jax.config
+    if not config.jax_enable_compilation_cache or config.jax_compilation_cache_dir is not None:
         return None
     if importlib.util.find_spec("filelock") is None:
         return None
@@ -34,9 +36,9 @@ def start(environment: Mapping[str, str] = os.environ) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in environment:
-        jax.config.update("jax_compilation_cache_max_size", SIZE)
+        config.update("jax_compilation_cache_max_size", SIZE)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environment:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
+        config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
     return folder

@@ -35,11 +35,11 @@ def listening() -> Iterator[Compilations]:
     """Counts the compilations of this process for as long as the context lasts."""
     found = Compilations()
 
-    def built(event: str, seconds: float, **more: Any) -> None:
+    def built(event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == _BUILT:
-            found.names.append(str(more.get("fun_name", "")))
+            found.names.append(str(kwargs.get("fun_name", "")))
 
-    def happened(event: str, **more: Any) -> None:
+    def happened(event: str, **kwargs: Any) -> None:
         found.hits += event == _HIT
 
     jax.monitoring.register_event_duration_secs_listener(built)
