@@ -49,7 +49,8 @@ def compiled(function, hyper, inputs):
 
 def device_name() -> str:
     device = jax.devices()[0]
-    return device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
+    return device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()}, {cores})"
 
 
 def seconds(program, inputs) -> float:
