@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -70,9 +71,8 @@ def compile_step(ctx: Context) -> Compiled:
     after_lower = time.perf_counter()
     with listening() as heard:
         program = lowered.compile()
-    ends = (start, after_trace, after_lower, time.perf_counter())
-    spent = [after - before for before, after in zip(ends, ends[1:], strict=False)]
-    return Compiled(call, program, *spent, hit=heard.hits > 0)
+    compiled = time.perf_counter() - after_lower
+    return Compiled(call, program, after_trace - start, after_lower - after_trace, compiled, heard.hits > 0)
 
 
 class Workload:
@@ -210,7 +210,11 @@ def stages(work: Workload) -> dict[str, Callable[[], Tree]]:
     if ctx.teacher_outputs is not None:
         programs["teacher_forward"] = jax.jit(teacher)
     programs["student_forward_backward"] = make_gradients(ctx)
-    return {name: lambda program=program: program(work.state, work.frozen, batch) for name, program in programs.items()}
+
+    def run(program: Callable[..., Tree]) -> Tree:
+        return program(work.state, work.frozen, batch)
+
+    return {name: functools.partial(run, program) for name, program in programs.items()}
 
 
 def bytes_of(shapes: Tree) -> int:
