@@ -95,19 +95,6 @@ def test_a_tap_is_named_with_its_rows_and_the_batch_and_key_are_those_of_the_ste
         )
 
 
-def test_a_gradient_alone_is_named_by_its_term(capsys):
-    # the root of 0 is finite, its slope is not
-    odd = "jnp.sqrt(jnp.where(x == 7, student.logits[:, 0] * 0, 1.0))"
-    out = broken(capsys, term=odd, where="slope").out.splitlines()
-    assert "every term is finite, a gradient is not" in out[0]
-    assert out[3].startswith("taps of the student: finite")
-    assert out[4].startswith("terms: ")
-    assert "not finite" not in out[4]
-    assert out[5].startswith("gradient of odd: first that is not finite: student last/kernel: ")
-    assert "(nan)" in out[5]
-    assert out[6].startswith("gradient of task: finite")
-
-
 def test_there_is_nothing_to_replay_where_all_is_well(capsys):
     Path("mine.py").write_text(CONFIG.format(**PLAIN, every=0).replace("steps=40", "steps=1"))
     assert main(["train", "mine.py", "--workdir", "w"]) == 0
