@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,12 +24,13 @@ from jkd.errors import InputError
 from jkd.evaluate import Evaluation, make_evaluate
 from jkd.feed import Feed
 from jkd.hacking import Watch
+from jkd.health import Health
 from jkd.interrupts import Interrupts
 from jkd.networks import models_of
 from jkd.resolve import make_context
 from jkd.samples import Sample, sample
 from jkd.state import Frozen, State, freeze, init_state, step_shapes
-from jkd.step import make_term_gradients
+from jkd.step import deployed, make_term_gradients
 from jkd.types import Batch, Model
 from jkd.workdir import claim, write_json
 
@@ -197,7 +197,7 @@ class _Training:
         self.ctx = make_context(run)
         self.run = self.ctx.run  # a cache's answers come with the data
         self.process = (jax.process_index(), jax.process_count())
-        self.periodic = metrics.Periodic()
+        self.periodic, self.health = metrics.Periodic(), Health(run)
         self.hacking = Watch()
         self.checkpoints = None
         if folder is not None:
@@ -335,13 +335,8 @@ class _Training:
             self._seen(step + place, {name: float(value[place]) for name, value in arrived.items()}, rate, writer)
 
     def _seen(self, step: int, found: dict[str, float], rate: float, writer: metrics.Writer) -> None:
-        if not (math.isfinite(found["loss"]) and math.isfinite(found["gradient_norm"])):
-            bad = [
-                name.removeprefix("term/")
-                for name, value in found.items()
-                if name.startswith("term/") and not math.isfinite(value)
-            ]
-            cause = f"the term {bad[0]!r} is {found['term/' + bad[0]]}" if bad else "every term is finite, a gradient is not"
+        cause = self.health.cause(step, found)
+        if cause is not None:
             if self.checkpoints is not None:
                 self.checkpoints.wait()  # a save under way counts once it is on disk
             kept = self.checkpoints.steps() if self.checkpoints is not None else []
@@ -367,7 +362,7 @@ class _Training:
         return found
 
     def _product(self, state: State, frozen: Frozen) -> Model:
-        return self.ctx.recipe.deploy(models_of(self.ctx, state, frozen, ema=self.run.evaluate_ema))
+        return deployed(self.ctx, models_of(self.ctx, state, frozen, ema=self.run.evaluate_ema))
 
     def _finish(self, state: State, frozen: Frozen, evaluation: Evaluation, clock: metrics.Stopwatch) -> _Finished:
         product = self._product(state, frozen)

@@ -56,7 +56,9 @@ def test_out_of_memory_names_the_largest_parts_and_what_to_try():
     assert devices.out_of_memory(error.value)
     line = commands._out_of_memory(error.value, watch)
     assert line.startswith("out of device memory in student (4611686018427387904 bytes more were wanted); largest parts")
-    assert re.search(r"on each device: \w.* MiB, .* MiB, .* MiB; largest buffers of a step: f32\[\d[\d, ]*\] [\d.]+ MiB of \S+", line)
+    assert re.search(
+        r"on each device: \w.* MiB, .* MiB, .* MiB; largest buffers of a step: f32\[\d[\d, ]*\] [\d.]+ MiB of \S+", line
+    )
     assert line.endswith(
         "try batch_size below 32, microbatches above 1, remat, mesh=MeshShape(fsdp=…), teacher_dtype='bfloat16'"
     )
