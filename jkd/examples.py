@@ -113,7 +113,8 @@ def _images(
         sides["teacher"] = build(teacher).preprocess
     sheet = []
     for row in range(rows):
-        label = seen["label"][row] if np.ndim(seen.get("label")) == 1 and seen["labelled"][row] else "no label"
+        known = "label" in seen and np.ndim(seen["label"]) == 1 and seen["labelled"][row]
+        label = seen["label"][row] if known else "no label"
         line = [(f"{name} {first['index'][row]}: {label}", first["image"][row])]
         if run.augment:
             line.append(("augmented", seen["image"][row]))
