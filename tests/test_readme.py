@@ -1,7 +1,10 @@
 """Every Python block of the README and of docs/ runs, in order, in one namespace per file."""
 
+import importlib.util
+import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
@@ -81,20 +84,40 @@ def test_links_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_results_are_those_that_were_measured():
-    import importlib.util
-    import json
-    import statistics
+def benchmark(name: str):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
-    spec = importlib.util.spec_from_file_location("benchmark_digits", ROOT / "benchmarks" / "digits.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    results = json.loads(benchmark.RESULTS.read_text())
+
+def test_the_results_are_those_that_were_measured():
+    digits = benchmark("digits")
+    results = json.loads(digits.RESULTS.read_text())
     readme = (ROOT / "README.md").read_text()
-    assert benchmark.written(readme, benchmark.render(results)) == readme
+    assert digits.written(readme, digits.render(results)) == readme
     # what the main job promises
-    accuracy = {name: statistics.mean(s[name]["accuracy"] for s in results["seeds"]) for name in benchmark.ROWS}
+    accuracy = {name: statistics.mean(s[name]["accuracy"] for s in results["seeds"]) for name in digits.ROWS}
     assert len(results["seeds"]) >= 5
     assert accuracy["student"] - accuracy["control"] >= 0.05
     assert accuracy["teacher"] - accuracy["student"] <= 0.02
     assert results["seeds"][0]["student"]["parameters"] * 20 <= results["seeds"][0]["teacher"]["parameters"]
+    runs = configfile.resolve(configfile.load("digits")).nodes
+    labelled = {name: run.data.train.columns()["labelled"].mean() for name, run in runs.items()}
+    assert labelled["teacher"] == 1
+    assert labelled["control"] == labelled["student"] <= 0.1
+
+
+def test_the_page_of_methods_shows_what_was_measured_and_who_loses():
+    methods = benchmark("digits_methods")
+    results = json.loads(methods.RESULTS.read_text())
+    page = methods.PAGE.read_text()
+    assert methods.written(page, methods.render(results)) == page
+    runs = results["runs"]
+    known = set(configfile.resolve(configfile.load("digits_methods")).nodes)
+    assert set(runs) == known
+    assert {run["seeds"] for run in runs.values()} == {3}
+    lost = re.search(r"by more than a deviation: (.*?)\. ", page)[1].split(", ")
+    for name in lost:
+        gain = runs[name]["metrics"]["gain"]["values"]
+        assert statistics.mean(gain) + statistics.stdev(gain) < 0
