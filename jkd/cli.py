@@ -88,9 +88,9 @@ examples:
   jkd export runs/digits-1a2b3c4d out --run teacher      another one
   jkd export runs/qwen3-1a2b3c4d out --ema --dtype bfloat16
 
-Written: model.safetensors, model.stablehlo (the network as a program for CPUs, GPUs and TPUs, which jax.export.deserialize loads
-without jkd) and card.json. Networks of a published family become a directory that transformers loads, with the tokenizer, chat
-template and generation config of where they came from. What was written is read back, and its answers are compared.
+Written: model.safetensors, model.stablehlo (the network as a program for CPUs, GPUs and TPUs, which jax.export.deserialize
+loads without jkd) and card.json. Networks of a published family become a directory that transformers loads, with the tokenizer,
+chat template and generation config of where they came from. What was written is read back, and its answers are compared.
 """
 _PLAN = """
 examples:
@@ -98,9 +98,9 @@ examples:
   jkd plan mine.py --topology v5p:4x4x8 --set student.mesh.data=1 --set student.mesh.fsdp=128
   jkd plan mine.py --topology gpu:h100x8 --json plan.json --price-per-chip-hour 2.5
 
-Compiles the run's train step for devices that are not here: does it fit, what do the devices tell each other, what bounds it, how
-long and how dear is the run. TPUs (v5e, v5p, v6e) need their compiler, no TPU: pip install 'jkd[tpu]'. For GPUs (a100, h100, h200,
-b200) the CPU's compiler stands in: bytes of parameters, optimizer and teacher are exact, temporaries and times are estimates.
+Compiles the run's train step for devices that are not here: does it fit, what do the devices tell each other, what bounds it,
+how long and how dear is the run. TPUs (v5e, v5p, v6e) need their compiler, no TPU: pip install 'jkd[tpu]'. For GPUs (a100,
+h100, h200, b200) the CPU's compiler stands in: bytes of parameters, optimizer and teacher are exact, the rest is estimated.
 --json FILE keeps {chips, mesh, fits, bytes_per_chip, flops_per_step, collectives, predicted_step_s, bound_by, compile_s}.
 """
 _BENCH = """
@@ -112,8 +112,8 @@ examples:
   jkd bench mine.py --run student --sweep                microbatches and rematerialisation: time against memory
   jkd bench mine.py --run student --profile trace        then: tensorboard --logdir trace (with xprof)
 
-Nothing is trained: teachers that an earlier run would train have random weights, and data that is not on this machine is made up
-in its shapes (the output says so). docs/benchmarks.md defines every number. --json appends one line for each measurement.
+Nothing is trained: teachers that an earlier run would train have random weights, and data that is not on this machine is made
+up in its shapes (the output says so). docs/benchmarks.md defines every number. --json appends one line for each measurement.
 """
 _DEBUG = """
 examples:
@@ -121,8 +121,8 @@ examples:
   jkd debug runs/digits-1a2b3c4d --run teacher
 
 Trains again from the last good checkpoint (or the start) to the step whose loss or gradient was not finite, with the batch and
-key that were kept of it, and names the first tap, the first term and the first gradient that are not finite, and the rows of the
-batch. Nothing in the folder changes.
+key that were kept of it, and names the first tap, the first term and the first gradient that are not finite, and the rows of
+the batch. Nothing in the folder changes.
 """
 _DATA = """
 examples:

@@ -244,7 +244,8 @@ def _bad_rows(leaf: Any) -> Array:
 
 
 def _first(what: str, found: Mapping[str, Stats], rows: np.ndarray | None = None) -> str:
-    found = jax.device_get(found)
+    here = jax.device_get(dict(found))  # which sorts it by name
+    found = {name: here[name] for name in found}
     bad = [name for name, one in found.items() if one["bad"]]
     if not bad:
         name = max(found, key=lambda name: float(found[name]["largest"]), default=None)

@@ -20,7 +20,11 @@ from jkd.types import Batch, Preprocess
 
 LONGEST = 1200
 """Characters of a text that are shown."""
-SIDE, GAP = 112, 8
+SIDE, GAP, HEAD, TITLE = 144, 12, 30, 34
+"""Pixels of a contact sheet: an image's longer side, what is left between two, a run's heading, an image's two lines."""
+
+Lines = list[list[tuple[str, np.ndarray]]]
+"""Of each example: its images and their titles."""
 
 
 def show(experiment: Experiment, rows: int = 4) -> tuple[str, bytes | None]:
@@ -33,7 +37,7 @@ def show(experiment: Experiment, rows: int = 4) -> tuple[str, bytes | None]:
         experiment: whose runs; those that share data, batch size, seed and augmentations are shown once.
         rows: examples of each.
     """
-    parts, sheets, shown = [], [], dict[Any, str]()
+    parts, sheets, shown = [], dict[str, Lines](), dict[Any, str]()
     for name, run in experiment.nodes.items():
         if not isinstance(run, Run) or run.data is None:
             continue
@@ -44,11 +48,11 @@ def show(experiment: Experiment, rows: int = 4) -> tuple[str, bytes | None]:
         shown[key] = name
         text, sheet = _run(name, run, run.data, rows, experiment)
         parts.append(text)
-        sheets += sheet
+        sheets |= {name: sheet} if sheet else {}
     return "\n\n".join(parts), _png(sheets) if sheets else None
 
 
-def _run(name: str, run: Run, data: Data, rows: int, experiment: Experiment) -> tuple[str, list[list[tuple[str, np.ndarray]]]]:
+def _run(name: str, run: Run, data: Data, rows: int, experiment: Experiment) -> tuple[str, Lines]:
     batches: Any = data.batches(run.batch_size, seed=run.seed)
     first = next(batches)
     batches.close()
@@ -61,7 +65,7 @@ def _run(name: str, run: Run, data: Data, rows: int, experiment: Experiment) -> 
     rows = min(rows, len(first["weight"]))
     if "tokens" in seen:
         lines += _texts(data, seen, rows)
-    return "\n".join(lines), _images(name, run, data, first, seen, rows, experiment) if "image" in seen else []
+    return "\n".join(lines), _images(run, first, seen, rows, experiment) if "image" in seen else []
 
 
 def _range(leaf: np.ndarray) -> str:
@@ -102,9 +106,7 @@ def _decoded(data: Data, numbers: np.ndarray) -> str:
     return text or ("<special>" if len(numbers) else "")
 
 
-def _images(
-    name: str, run: Run, data: Data, first: Batch, seen: Batch, rows: int, experiment: Experiment
-) -> list[list[tuple[str, np.ndarray]]]:
+def _images(run: Run, first: Batch, seen: Batch, rows: int, experiment: Experiment) -> Lines:
     sides = {"student": build(run.student).preprocess}
     teacher = experiment.nodes.get(run.teacher) if isinstance(run.teacher, str) else run.teacher
     if isinstance(teacher, Run):
@@ -114,33 +116,39 @@ def _images(
     sheet = []
     for row in range(rows):
         known = "label" in seen and np.ndim(seen["label"]) == 1 and seen["labelled"][row]
-        label = seen["label"][row] if known else "no label"
-        line = [(f"{name} {first['index'][row]}: {label}", first["image"][row])]
+        label = f"label {seen['label'][row]}" if known else "no label"
+        line = [(f"example {first['index'][row]}, {label}", first["image"][row])]
         if run.augment:
             line.append(("augmented", seen["image"][row]))
         for side, preprocess in sides.items():
             # its size and crop; mean and deviation would only shift what the eye sees
             plain = dataclasses.replace(preprocess or Preprocess(), mean=(0.0,), std=(1.0,))
-            line.append((side, np.asarray(plain(jnp.asarray(seen["image"][row])))))
+            line.append((f"as the {side} sees it", np.asarray(plain(jnp.asarray(seen["image"][row])))))
         sheet.append(line)
     return sheet
 
 
-def _png(sheet: list[list[tuple[str, np.ndarray]]]) -> bytes:
-    """The lines of a sheet below each other, every image with its title and size."""
+def _png(sheets: dict[str, Lines]) -> bytes:
+    """The runs below each other, every image with its title and size."""
     from PIL import Image, ImageDraw
 
-    cell, title = SIDE + GAP, 26
-    page = Image.new("RGB", (max(map(len, sheet)) * cell + GAP, len(sheet) * (cell + title) + GAP), "white")
-    draw = ImageDraw.Draw(page)
-    for down, line in enumerate(sheet):
-        for across, (text, image) in enumerate(line):
-            left, top = GAP + across * cell, GAP + down * (cell + title)
-            height, width = image.shape[:2]
-            draw.text((left, top), f"{text}\n{width} x {height}", fill="black", font_size=10, spacing=1)
-            scale = SIDE / max(height, width)
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            page.paste(Image.fromarray(_rgb(image)).resize(size, Image.Resampling.NEAREST), (left, top + title))
+    across = max(len(line) for lines in sheets.values() for line in lines)
+    down = sum(HEAD + len(lines) * (TITLE + SIDE + GAP) for lines in sheets.values())
+    page = Image.new("RGB", (across * (SIDE + GAP) + GAP, down + GAP), "white")
+    draw, top = ImageDraw.Draw(page), GAP
+    for name, lines in sheets.items():
+        draw.text((GAP, top), name, fill="black", font_size=18)
+        top += HEAD
+        for line in lines:
+            for place, (text, image) in enumerate(line):
+                left, (height, width) = GAP + place * (SIDE + GAP), image.shape[:2]
+                draw.text((left, top), f"{text}\n{width} x {height}", fill="#444", font_size=12, spacing=2)
+                scale = SIDE / max(height, width)
+                size = (max(1, round(width * scale)), max(1, round(height * scale)))
+                # small ones in whole pixels, large ones without the noise of left-out ones
+                how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+                page.paste(Image.fromarray(_rgb(image)).resize(size, how), (left, top + TITLE))
+            top += TITLE + SIDE + GAP
     content = io.BytesIO()
     page.save(content, "PNG")
     return content.getvalue()

@@ -77,7 +77,7 @@ class WandB:
         """Its own process sends what is written."""
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class MLflow:

@@ -56,7 +56,8 @@ def one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "cache", "eval", "report", "export", "debug", "data", "describe", "bench", "recipes", "configs"]
+    "command",
+    ["", "train", "cache", "eval", "report", "export", "debug", "data", "describe", "plan", "bench", "recipes", "configs"],
 )
 def test_every_help_shows_examples(command, capsys):
     assert main([*command.split(), "--help"]) == 0

@@ -19,7 +19,7 @@ from jkd.types import Model, Outputs, Term
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fragile(Recipe):
-    """A term that is well, and one whose {where} is not where an example's first pixel is 7."""
+    """A term that is well, and one whose {where} is not where an example's first pixel is 1."""
     needs_teacher = False
 
     def terms(self, vars, student, teacher, batch, *, clock, key):
@@ -45,7 +45,7 @@ def network():
 
 def config():
     image = np.zeros((64, 2, 2, 1), np.float32)
-    image[:, 0, 0, 0] = np.where(np.arange(64) == 37, 7, 1)
+    image[:, 0, 0, 0] = np.where(np.arange(64) == 37, 1, 0.5)
     examples = data.arrays(image=image, label=np.arange(64) % 2, classes=2)
     return Run(student=network(), recipe=Fragile(), data=examples, optimizer=optim.sgd(0.01), steps=40, batch_size=8,
                evaluate_every=0, checkpoint_every={every})
@@ -69,7 +69,7 @@ def broken(capsys, every=0, **parts):
 
 def test_a_tap_is_named_with_its_rows_and_the_batch_and_key_are_those_of_the_step(capsys):
     # the checkpoint before is where the replay begins
-    lines = broken(capsys, every=2, tap="jnp.where(x[:, :1] == 7, jnp.inf, first)")
+    lines = broken(capsys, every=2, tap="jnp.where(x[:, :1] == 1, jnp.inf, first)")
     record = json.loads(Path("w/student/nonfinite.json").read_text())
     rows = np.load("w/student/nonfinite-0.npz")
     (place,) = np.flatnonzero(rows["index"] == 37)
@@ -78,7 +78,7 @@ def test_a_tap_is_named_with_its_rows_and_the_batch_and_key_are_those_of_the_ste
     np.testing.assert_array_equal(kept["index"], rows["index"])
     out = lines.out.splitlines()
     assert out[0].startswith(f"student: step {record['step'] + 1} was not finite: the term 'task' is nan")
-    assert out[1] == "the batch: finite, largest 7 in image"
+    assert out[1] == "the batch: finite, largest 1 in image"
     assert out[2].startswith("weights: finite, largest ")
     # first, though the network lists it last
     assert out[3] == (
@@ -93,6 +93,19 @@ def test_a_tap_is_named_with_its_rows_and_the_batch_and_key_are_those_of_the_ste
         assert (
             f"student: replays steps {record['step'] // 2 * 2 + 1} to {record['step']}" in lines.err or record["step"] % 2 == 0
         )
+
+
+def test_a_gradient_alone_is_named_by_its_term(capsys):
+    # the root of 0 is finite, its slope is not
+    odd = "jnp.sqrt(jnp.where(x == 1, student.logits[:, 0] * 0, 1.0))"
+    out = broken(capsys, term=odd, where="slope").out.splitlines()
+    assert "every term is finite, a gradient is not" in out[0]
+    assert out[3].startswith("taps of the student: finite")
+    assert out[4].startswith("terms: ")
+    assert "not finite" not in out[4]
+    assert out[5].startswith("gradient of odd: first that is not finite: student last/kernel: ")
+    assert "(nan)" in out[5]
+    assert out[6].startswith("gradient of task: finite")
 
 
 def test_there_is_nothing_to_replay_where_all_is_well(capsys):

@@ -9,7 +9,7 @@ from PIL import Image
 from jkd import Experiment, Run, data, models, optim, recipes
 from jkd.cli import main
 from jkd.data import Flip
-from jkd.examples import GAP, SIDE, show
+from jkd.examples import GAP, HEAD, SIDE, TITLE, show
 from jkd.types import Preprocess
 
 SHARED = dict(recipe=recipes.Supervised(), optimizer=optim.sgd(0.1), steps=1, batch_size=4)
@@ -56,10 +56,10 @@ def test_the_sheet_has_every_side_of_every_example(tmp_path):
     page = np.asarray(Image.open(io.BytesIO(sheet)))
     # two lines of teacher's run (given, student), two of the student's (given, augmented, student, teacher)
     assert page.shape[1] == 4 * (SIDE + GAP) + GAP
-    assert page.shape[0] == 4 * (SIDE + GAP + 26) + GAP
+    assert page.shape[0] == 2 * HEAD + 4 * (TITLE + SIDE + GAP) + GAP
 
     def cell(down, across):
-        top, left = GAP + down * (SIDE + GAP + 26) + 26, GAP + across * (SIDE + GAP)
+        top, left = GAP + 2 * HEAD + down * (TITLE + SIDE + GAP) + TITLE, GAP + across * (SIDE + GAP)
         return page[top : top + SIDE, left : left + SIDE]
 
     given, augmented, own, theirs = (cell(2, across) for across in range(4))
@@ -76,7 +76,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "digits, 1,437 to train on, 360 to evaluate on, 10 classes" in out
     assert err == "wrote digits-data.png\n"
-    assert Image.open("digits-data.png").format == "PNG"
+    with Image.open("digits-data.png") as page:
+        assert page.format == "PNG"
     assert main(["data", "digits", "--rows", "0"]) == 2
     assert "--rows 0: give at least 1" in capsys.readouterr().err
     assert [path.name for path in Path().iterdir()] == ["digits-data.png"]
