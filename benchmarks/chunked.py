@@ -6,7 +6,7 @@
 
 ``head`` rows: the weighted sum of a loss over all tokens and its gradient by the student's hidden states and head, jitted, float32;
 whole logits are the products with the heads and `jkd.losses` on them. ``step`` rows: a whole training step (`jkd.make_step`) of two
-decoders, teacher and student, with the recipe as it is, and with models that answer with logits. Calls of the two alternate in one
+decoders, teacher and student, with the recipe as it is, and with one that makes all logits at once. Calls of the two alternate in one
 process; ``ratio`` is the median of the pairs' quotients, with the tenth and ninetieth percentile beside it. ``temp_bytes`` is what
 XLA allocates beyond inputs and outputs, ``error`` the largest deviation of a gradient in parts of its largest entry.
 """
@@ -27,9 +27,8 @@ import numpy as np
 from losses import device_name, revision
 
 import jkd
-from jkd import losses, models, optim, recipes
+from jkd import losses, models, optim, recipes, tokens
 from jkd.losses import chunked
-from jkd.types import Outputs
 
 RESULTS = Path(__file__).parent / "results" / "chunked.jsonl"
 
@@ -120,29 +119,39 @@ def head(name: str, shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
     return {"head": name, **times, **memory(*programs), "value_error": float(f"{off:.1e}"), "error": float(f"{error:.1e}")}
 
 
-def step(name: str, recipe: jkd.Recipe, shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AtOnce(recipes.TokenKD):
+    """The same terms as anybody would write them, of whole logits."""
+
+    whole: Callable[..., Any]
+
+    def terms(self, vars: Any, student: Any, teacher: Any, batch: Any, *, clock: Any, key: Any) -> dict[str, jkd.Term]:
+        labels, weight = tokens.next_tokens(batch)
+        logits = student.logits
+        return {
+            "kd": jkd.Term(self.whole(logits, teacher.logits), weight, self.weight),
+            "task": jkd.Term(losses.cross_entropy(logits, labels), weight, self.task_weight),
+        }
+
+
+def step(name: str, shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
     def network(dim: int) -> Any:
         heads = max(1, dim // 64)
         config = models.decoder.Config(vocab=shape.vocab, dim=dim, depth=shape.depth, heads=heads, hidden=4 * dim)
         return config.build()
 
-    def with_logits(model: Any) -> Any:
-        def apply(*args: Any, **options: Any) -> Any:
-            outputs, buffers = model.apply(*args, **options)
-            return Outputs(outputs.logits, heads=outputs.heads, taps=outputs.taps), buffers
-
-        return dataclasses.replace(model, apply=apply)
-
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, shape.vocab, (shape.rows, shape.time)).astype(np.int32)
-    batch = {"tokens": tokens, "weight": np.ones(shape.rows, np.float32), "index": np.arange(shape.rows, dtype=np.int32)}
+    text = rng.integers(0, shape.vocab, (shape.rows, shape.time)).astype(np.int32)
+    batch = {"tokens": text, "weight": np.ones(shape.rows, np.float32), "index": np.arange(shape.rows, dtype=np.int32)}
     teacher = network(shape.teacher)
     teacher = teacher.with_weights(*teacher.init(jax.random.key(1)))
     programs, calls = [], []
-    for change in (lambda model: model, with_logits):
+    divergence, whole = RECIPES[name]
+    mixed = dict(divergence=divergence, weight=0.9, task_weight=0.1)
+    for recipe in (recipes.TokenKD(**mixed), AtOnce(**mixed, whole=whole)):
         run = jkd.Run(
-            student=change(network(shape.student)),
-            teacher=change(teacher),
+            student=network(shape.student),
+            teacher=teacher,
             recipe=recipe,
             optimizer=optim.adamw(1e-4),
             steps=1000,
@@ -164,10 +173,10 @@ def step(name: str, recipe: jkd.Recipe, shape: Shape, rounds: int, dtype: str) -
     return {"step": name, **paired(*calls, rounds), **memory(*programs)}
 
 
-RECIPES = {
-    "TokenKD": recipes.TokenKD(),
-    "TokenKD, reverse KL": recipes.TokenKD(divergence=chunked.ReverseKL()),
-    "TokenKD, JSD": recipes.TokenKD(divergence=chunked.JS(0.5)),
+RECIPES: dict[str, tuple[chunked.Part, Callable[..., Any]]] = {
+    "forward KL and CE": (chunked.ForwardKL(), losses.forward_kl),
+    "reverse KL and CE": (chunked.ReverseKL(), losses.reverse_kl),
+    "JSD and CE": (chunked.JS(0.5), losses.js),
 }
 
 
@@ -188,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     where = {"device": device_name(), "backend": jax.default_backend(), "jax": jax.__version__, "revision": revision()}
     lines = []
     jobs = [(name, lambda name=name: head(name, shape, rounds, options.dtype)) for name in MIXES]
-    jobs += [(name, lambda name=name, r=r: step(name, r, shape, rounds, options.dtype)) for name, r in RECIPES.items()]
+    jobs += [(name, lambda name=name: step(name, shape, rounds, options.dtype)) for name in RECIPES]
     for name, job in jobs:
         if not options.only or name in options.only:
             lines.append(json.dumps(job() | {"dtype": options.dtype} | dataclasses.asdict(shape) | where))
