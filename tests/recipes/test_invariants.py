@@ -28,6 +28,12 @@ GRADIENT = 2e-5
 # of the others the teacher is trained, or the student's own average, or there is none
 FROZEN = [name for name, row in ROWS.items() if row.make().needs_teacher and name not in ("MPL", "FST")]
 UNCOUPLED = [name for name, row in ROWS.items() if row.independent is not None]
+# one of each kind (a projector, relations, a bank, several updates, a stream, text, rollouts); the others are marked slow
+QUICK = ("KD", "FitNet", "RKD", "PSKD", "CTKD", "FlexMatch", "TokenKD", "GKD")
+
+
+def each(names):
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in names])
 
 
 def recorded() -> optax.GradientTransformation:
@@ -78,7 +84,7 @@ def test_every_recipe_says_where_it_comes_from():
         assert kind.evidence in ("golden", "formula", "mechanism"), name
 
 
-@pytest.mark.parametrize("name", ROWS)
+@each(ROWS)
 def test_the_update_does_not_depend_on_devices_and_microbatches(name):
     """Four microbatches on eight devices against one device; whole on eight where examples are coupled, and then refused."""
     recipe = ROWS[name].make()
@@ -90,7 +96,7 @@ def test_the_update_does_not_depend_on_devices_and_microbatches(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", UNCOUPLED)
+@each(UNCOUPLED)
 def test_without_its_coupled_part_a_recipe_may_be_cut(name):
     compare(engine(name, devices=8, microbatches=4, uncoupled=True), engine(name, uncoupled=True))
 
@@ -107,14 +113,14 @@ def compare(cut: tiny.Engine, whole: tiny.Engine) -> None:
         np.testing.assert_allclose(metrics[metric], value, rtol=1e-4, atol=1e-6, err_msg=metric)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@each(ROWS)
 def test_it_may_compute_in_bfloat16(name):
     run = run_of(name, ROWS[name].make(), compute_dtype="bfloat16")
     ctx = make_context(run, tiny.batch(), train_size=tiny.ROWS, devices=jax.devices()[:1])
     make_step(ctx)  # traced: parameters, buffers and memory keep their dtype, or this raises
 
 
-@pytest.mark.parametrize("name", ROWS)
+@each(ROWS)
 def test_rows_of_weight_zero_change_nothing(name):
     rows = tiny.batch(ragged=True)
     empty = rows["weight"] == 0
@@ -127,7 +133,7 @@ def test_rows_of_weight_zero_change_nothing(name):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", FROZEN)
+@each(FROZEN)
 def test_no_gradient_reaches_the_teacher_unless_declared(name):
     recipe = ROWS[name].make()
     made = engine(name)
@@ -144,7 +150,7 @@ def test_no_gradient_reaches_the_teacher_unless_declared(name):
     assert (flat == 0).all() == (recipe.teacher_gradient == "stop")
 
 
-@pytest.mark.parametrize("name", ROWS)
+@each(ROWS)
 def test_the_loss_falls_and_what_was_learned_is_kept(name, tmp_path):
     made = engine(name)
     found = made.train([tiny.batch()] * STEPS)
