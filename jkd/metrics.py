@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import socket
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -25,6 +28,8 @@ class Writer(Protocol):
 class JsonLines:
     """``metrics.jsonl``: one object for each call, ``{"step": …, name: value}``; numbers that are not finite become null.
 
+    What cannot be written (the disk is full, say) is kept, and tried again with the next `flush`.
+
     Args:
         path: local or remote. Lines from steps after ``start`` (a resumed run trains them again) are dropped.
         start: the step that the run starts from.
@@ -32,7 +37,6 @@ class JsonLines:
 
     def __init__(self, path: epath.Path, start: int = 0):
         self._path = path
-        self._remote = "://" in str(path)
         self._lines: list[str] = []
         if path.exists():
             self._lines = [line for line in path.read_text().splitlines() if line and _step(line) <= start]
@@ -44,18 +48,28 @@ class JsonLines:
         self._new.append(json.dumps({"step": step, **finite}))
 
     def flush(self) -> None:
-        if not self._new:
-            return
-        if self._remote:  # object stores have no append
-            self._lines += self._new
-            self._path.write_text("".join(line + "\n" for line in self._lines))
-        else:
-            with self._path.open("a") as file:
-                file.write("".join(line + "\n" for line in self._new))
-        self._new = []
+        with contextlib.suppress(OSError):
+            if "://" not in str(self._path):
+                _append(self._path, "".join(line + "\n" for line in self._new).encode())
+            elif self._new:  # object stores have no append
+                self._path.write_text("".join(line + "\n" for line in self._lines + self._new))
+                self._lines += self._new
+            self._new = []
 
     def close(self) -> None:
         self.flush()
+
+
+def _append(path: epath.Path, content: bytes) -> None:
+    """All of it or, where that raises OSError, nothing."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) or 0 :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _step(line: str) -> int:
@@ -66,22 +80,45 @@ def _step(line: str) -> int:
 
 
 class TensorBoard:
-    """TensorBoard event files in a local folder; entries after ``start`` are marked as purged."""
+    """TensorBoard event files in a local folder; entries after ``start`` are marked as purged.
+
+    Written here and not by tensorboardX's thread: when that meets a full disk it dies, and whoever flushes waits for ever.
+    """
 
     def __init__(self, folder: epath.Path, start: int = 0):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._event, self._new, self._flushed = Event, b"", time.monotonic()
+        self._add(file_version="brain.Event:2")
+        if start:
+            self._add(step=start + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, **fields: Any) -> None:
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = self._event(wall_time=time.time(), **fields).SerializeToString()
+        for part in (struct.pack("<Q", len(data)), data):  # a TFRecord: its length, then itself, each with a checksum
+            self._new += part + struct.pack("<I", masked_crc32c(part))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        self._add(
+            step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        )
+        if time.monotonic() - self._flushed > 30:  # somebody may be watching
+            self.flush()
 
     def flush(self) -> None:
-        self._writer.flush()
+        self._flushed = time.monotonic()
+        with contextlib.suppress(OSError):  # tried again with the next
+            _append(self._path, self._new)
+            self._new = b""
 
     def close(self) -> None:
-        self._writer.close()
+        self.flush()
 
 
 class Several:
