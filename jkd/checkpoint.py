@@ -18,12 +18,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from jkd import manifest
+from jkd import manifest, peers
 from jkd.arraystore import ArrayStore, describe, direct
 from jkd.errors import InputError, MissingExtra, nearest
 from jkd.jsonable import decode, encode
@@ -149,7 +147,7 @@ class Checkpoints:
                 is of another model (names the first leaf that differs).
         """
         self.wait()
-        found = json.loads(self._from_first(json.dumps({step: place.name for step, place in self._finished().items()})))
+        found = json.loads(peers.from_first(json.dumps({step: place.name for step, place in self._finished().items()})))
         places = {int(step): self.directory / name for step, name in found.items()}
         if step is not None and step not in places:
             raise InputError(f"no checkpoint of step {step} in {self.directory}; there are {sorted(places) or 'none'}")
@@ -222,7 +220,7 @@ class Checkpoints:
                 (self.directory / name).mkdir()
             except OSError as error:
                 failure = _line(error)
-        name, failure = json.loads(self._from_first(json.dumps([name, failure])))
+        name, failure = json.loads(peers.from_first(json.dumps([name, failure])))
         if failure:
             self._failed(step, failure)
             return None
@@ -290,12 +288,7 @@ class Checkpoints:
 
     def _problem(self, place: epath.Path) -> str:
         """What is wrong with a checkpoint; all hosts share the work and come to the same answer."""
-        wrong = manifest.problem(place, host=self._host, hosts_now=self._hosts)
-        if self._hosts == 1:
-            return wrong
-        text = np.frombuffer(wrong.encode()[:1000].ljust(1000), np.uint8)
-        lines = [bytes(row).decode(errors="replace").strip() for row in multihost_utils.process_allgather(text)]
-        return next(filter(None, lines), "")
+        return peers.first_word(manifest.problem(place, host=self._host, hosts_now=self._hosts))
 
     def _read(self, step: int, place: epath.Path, like: State) -> tuple[State, dict]:
         _check_same(step, json.loads((place / "leaves.json").read_text()), describe(like))
@@ -303,15 +296,6 @@ class Checkpoints:
         hosts = manifest.hosts(place)
         meta = decode((place / f"meta-{self._host if self._host < hosts else 0}.json").read_text())
         return state, meta
-
-    def _from_first(self, text: str) -> str:
-        """The first host's text, on all hosts."""
-        if self._hosts == 1:
-            return text
-        data = np.frombuffer(text.encode(), np.uint8)
-        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-        mine = data if self._host == 0 else np.zeros(size, np.uint8)
-        return bytes(multihost_utils.broadcast_one_to_all(mine)).decode()
 
     def _barrier(self, name: str) -> None:
         # The distributed client's, for it needs no device: this runs beside the training steps.

@@ -27,6 +27,8 @@ from jkd.types import Model
 
 CLASS = "class"
 """Key of a JSON object's class, beside its fields."""
+PLACEMENT = ("mesh", "rules", "teacher_rules")
+"""Fields of `Run` that say where arrays lie, and nothing of what they are."""
 
 
 def to_json(value: Experiment | Run | Any) -> Any:
@@ -42,6 +44,14 @@ def digest(value: Experiment | Run | Any) -> str:
 def differences(before: Any, after: Any) -> list[str]:
     """Lines like ``student.steps: 50 -> 60``, one for each value that differs between two `to_json`."""
     return list(_differ(before, after, ""))
+
+
+def anywhere(value: Any) -> Any:
+    """A `to_json` without where its runs keep their arrays: what a run is, whatever devices it goes on with."""
+    if isinstance(value, dict):
+        placed = PLACEMENT if value.get(CLASS) == codehash.name(Run) else ()
+        return {name: anywhere(inner) for name, inner in value.items() if name not in placed}
+    return [anywhere(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _differ(before: Any, after: Any, where: str):

@@ -111,7 +111,7 @@ def train(
     """
     experiment = Experiment(student=experiment) if isinstance(experiment, Run) else experiment
     listener = listener or Listener()
-    folder = None if workdir is None else claim(epath.Path(workdir), experiment)
+    folder = claim(None if workdir is None else epath.Path(workdir), experiment)
     if len(experiment.nodes) > 1:
         check(experiment)  # a mistake in the last run must not wait until the first has trained
     used = {name for node in experiment.nodes.values() for name in dependencies(node)}

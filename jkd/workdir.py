@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from jkd import fingerprint
+from jkd import fingerprint, peers
 from jkd.config import Experiment
 from jkd.errors import InputError
 
@@ -25,35 +25,44 @@ def at(path: str) -> epath.Path:
         raise InputError(f"workdir {path} cannot be used: no file system is known for {error}") from error
 
 
-def claim(folder: epath.Path, experiment: Experiment) -> epath.Path:
+def claim(folder: epath.Path | None, experiment: Experiment) -> epath.Path | None:
     """Makes the folder and writes the resolved config into it, or checks that it holds this very config.
 
-    A folder belongs to a config from its first checkpoint on; before that a mended config takes it over.
+    A folder belongs to a config from its first checkpoint on; before that a mended config takes it over. Where arrays lie (meshes
+    and rules) does not count: a run goes on with other devices. Several processes are held against each other first, and what
+    one of them finds wrong is told by all.
+
+    Args:
+        folder: None makes and checks no folder.
 
     Raises:
-        InputError: it cannot be written, it holds another config, or another process was started with one (the message lists the
-            differences).
+        InputError: it cannot be written, it holds another config, or another process was started with one, or with other code
+            (the message lists the differences).
     """
     wanted = fingerprint.to_json(experiment)
-    file = folder / "config.json"
-    if jax.process_index() == 0:
-        try:
-            if file.exists() and any(found for kind in ("checkpoints/*", "result.json") for found in folder.glob(f"*/{kind}")):
-                _compare(
-                    json.loads(file.read_text()), wanted, f"workdir {folder} holds another config", "give another --workdir"
-                )
-            else:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(file, wanted)
-        except (OSError, ImportError) as error:  # a remote file system may need a package of its own
-            raise InputError(f"workdir {folder} cannot be used: {error}") from error
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"claim {folder}")
-        mine = f"process {jax.process_index()} was started with another config than process 0"
-        _compare(json.loads(file.read_text()), wanted, mine, "start all with the same command")
+    peers.agree(wanted)
+    if folder is None:
+        return None
+    wrong = _take(folder, wanted) if jax.process_index() == 0 else ""
+    if wrong := peers.first_word(wrong):
+        raise InputError(wrong)
     return folder
+
+
+def _take(folder: epath.Path, wanted: Any) -> str:
+    """Makes the folder this config's; says what is in the way, if something is."""
+    file = folder / "config.json"
+    try:
+        if file.exists() and any(found for kind in ("checkpoints/*", "result.json") for found in folder.glob(f"*/{kind}")):
+            there = json.loads(file.read_text())
+            found = fingerprint.differences(fingerprint.anywhere(there), fingerprint.anywhere(wanted))
+            if found:
+                return f"workdir {folder} holds another config ({'; '.join(found[:5])}); give another --workdir"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+    except (OSError, ImportError) as error:  # a remote file system may need a package of its own
+        return f"workdir {folder} cannot be used: {error}"
+    return ""
 
 
 def write_json(file: epath.Path, value: Any) -> None:
@@ -61,8 +70,3 @@ def write_json(file: epath.Path, value: Any) -> None:
     whole = file.with_name(f"{file.name}.tmp")
     whole.write_text(json.dumps(value, indent=1) + "\n")
     whole.replace(file)
-
-
-def _compare(there: Any, wanted: Any, what: str, fix: str) -> None:
-    if there != wanted:
-        raise InputError(f"{what} ({'; '.join(fingerprint.differences(there, wanted)[:5])}); {fix}")
