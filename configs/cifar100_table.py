@@ -9,8 +9,8 @@ over the control that each was published with. Measured: not yet.
 
 Sources are the tables in the authors' repositories: Tian et al., ICLR 2020 (RepDistiller); Zhao et al., CVPR 2022 (mdistiller); Sun et
 al., CVPR 2024 (logit-standardization-KD); Chen et al., CVPR 2022 (SimKD, f = 2). They train alike but for AB and FSP, whose first 30
-epochs only initialise the student, and SimKD and SRRL, whose student alone is at 73.09 there. Numbers of OFD, ReviewKD, DIST, NKD and
-WSLD were not looked up. Known differences: FT's paraphraser learns along with the student here rather than before it; the published
+epochs only initialise the student, and SimKD and SRRL, whose student alone is at 73.09 there. Of NKD and WSLD no number on this pair is
+known here. Known differences: FT's paraphraser learns along with the student here rather than before it; the published
 rows of SimKD's table add a KD term of weight 1 to every method but SimKD; the constants of standardized_dkd are those that Sun et
 al.'s command arrives at (alpha 9, beta 9 * 9, T 4).
 """
@@ -78,6 +78,11 @@ PUBLISHED = {
     "crd": 75.51,
     # Zhao et al.
     "dkd": 76.32,
+    # the table of that paper
+    "ofd": 74.95,
+    "reviewkd": 75.63,
+    # Huang et al., NeurIPS 2022
+    "dist": 76.31,
     # Sun et al.
     "standardized": 76.62,
     "standardized_dkd": 77.01,
