@@ -25,6 +25,7 @@ SIDE, GAP, HEAD, TITLE = 144, 12, 30, 34
 
 Lines = list[list[tuple[str, np.ndarray]]]
 """Of each example: its images and their titles."""
+Sides = dict[str, Preprocess | None]
 
 
 def show(experiment: Experiment, rows: int = 4) -> tuple[str, bytes | None]:
@@ -34,25 +35,26 @@ def show(experiment: Experiment, rows: int = 4) -> tuple[str, bytes | None]:
     sheet has a line for each example: as the data give it, after `Run.augment`, and resized as student and teacher want it.
 
     Args:
-        experiment: whose runs; those that share data, batch size, seed and augmentations are shown once.
+        experiment: whose runs; those that share data, batch size, seed, augmentations and views are shown once.
         rows: examples of each.
     """
     parts, sheets, shown = [], dict[str, Lines](), dict[Any, str]()
     for name, run in experiment.nodes.items():
         if not isinstance(run, Run) or run.data is None:
             continue
-        key = (id(run.data), run.batch_size, run.seed, tuple(map(id, run.augment)))
+        sides = _sides(run, experiment) if "image" in run.data.spec(run.batch_size) else {}
+        key = (id(run.data), run.batch_size, run.seed, tuple(map(id, run.augment)), repr(sides))
         if key in shown:
             parts.append(f"{name}: as {shown[key]}")
             continue
         shown[key] = name
-        text, sheet = _run(name, run, run.data, rows, experiment)
+        text, sheet = _run(name, run, run.data, rows, sides)
         parts.append(text)
         sheets |= {name: sheet} if sheet else {}
     return "\n\n".join(parts), _png(sheets) if sheets else None
 
 
-def _run(name: str, run: Run, data: Data, rows: int, experiment: Experiment) -> tuple[str, Lines]:
+def _run(name: str, run: Run, data: Data, rows: int, sides: Sides) -> tuple[str, Lines]:
     batches: Any = data.batches(run.batch_size, seed=run.seed)
     first = next(batches)
     batches.close()
@@ -65,7 +67,7 @@ def _run(name: str, run: Run, data: Data, rows: int, experiment: Experiment) -> 
     rows = min(rows, len(first["weight"]))
     if "tokens" in seen:
         lines += _texts(data, seen, rows)
-    return "\n".join(lines), _images(run, first, seen, rows, experiment) if "image" in seen else []
+    return "\n".join(lines), _images(run, first, seen, rows, sides) if "image" in seen else []
 
 
 def _range(leaf: np.ndarray) -> str:
@@ -106,13 +108,18 @@ def _decoded(data: Data, numbers: np.ndarray) -> str:
     return text or ("<special>" if len(numbers) else "")
 
 
-def _images(run: Run, first: Batch, seen: Batch, rows: int, experiment: Experiment) -> Lines:
+def _sides(run: Run, experiment: Experiment) -> Sides:
+    """How the networks of a run want their images."""
     sides = {"student": build(run.student).preprocess}
     teacher = experiment.nodes.get(run.teacher) if isinstance(run.teacher, str) else run.teacher
     if isinstance(teacher, Run):
         sides["teacher"] = build(teacher.student).preprocess
     elif teacher is not None and (hasattr(teacher, "build") or hasattr(teacher, "preprocess")):
         sides["teacher"] = build(teacher).preprocess
+    return sides
+
+
+def _images(run: Run, first: Batch, seen: Batch, rows: int, sides: Sides) -> Lines:
     sheet = []
     for row in range(rows):
         known = "label" in seen and np.ndim(seen["label"]) == 1 and seen["labelled"][row]
