@@ -18,6 +18,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_of_a_page_runs(page):
+    if page.stem == "equinox":
+        pytest.importorskip("equinox")
     namespace: dict = {"__name__": "__readme__"}
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S)):
         exec(compile(block, f"{page.name} block {number}", "exec"), namespace)
@@ -75,6 +77,23 @@ def test_the_commands_of_a_page_are_ones_that_jkd_takes(page, monkeypatch, capsy
             assert capsys.readouterr().out
         elif hasattr(arguments, "sets") and arguments.config in configfile.names():
             configfile.resolve(configfile.load(arguments.config), arguments.sets)  # an unknown name or value raises
+
+
+def test_the_names_of_a_page_are_there():
+    import importlib
+
+    for page in PAGES:
+        for module, name in re.findall(r"`(recipes|losses|data|optim|schedules)\.(?!py|md)(\w+)", page.read_text()):
+            assert hasattr(importlib.import_module(f"jkd.{module}"), name), f"{page.name}: {module}.{name}"
+
+
+def test_the_page_of_recipes_is_what_the_catalogue_says():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("make_recipes_page", ROOT / "docs" / "recipes.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    assert (ROOT / "docs" / "recipes.md").read_text() == make.page(), "run: python docs/recipes.py > docs/recipes.md"
 
 
 def test_links_lead_somewhere():
