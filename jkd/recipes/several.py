@@ -36,17 +36,17 @@ class MEALV2(Recipe):
     own update, before the student moves; both ask the teachers, which XLA makes one pass of unless there are microbatches. The
     student starts from trained weights, with little or no weight decay (the authors take a pretrained network and SGD at 0.01).
 
-    Code versus paper: the authors' code descends one sum with student and D both, so that the student helps D: ``reversal = 1``.
-    Here the student is D's adversary, as discriminators usually have; the paper's text could not be read. Their D is initialised by
-    PyTorch's default, this one LeCun-normal.
+    The authors' code descends the sum of both losses with student and D alike, so that the student helps D; the default is theirs.
+    With ``reversal = -1`` the student is D's adversary, as discriminators usually have; what the paper's text says of the sign could
+    not be read. Their D moves in the same step as the student, and is initialised by PyTorch's default, this one LeCun-normal.
 
     Args:
         hidden: widths of D's two hidden layers; the authors' for 1000 classes (an eighth and a sixty-fourth).
-        reversal: the factor of D's loss in the student's.
+        reversal: the factor of D's loss in the student's; 1 is that of the authors' code. Number or schedule.
     """
 
     hidden: tuple[int, ...] = (125, 15)
-    reversal: float | Schedule = -1.0
+    reversal: float | Schedule = 1.0
 
     citation: ClassVar[str] = (
         "Shen & Savvides, MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks, 2020, "
