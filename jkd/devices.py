@@ -12,6 +12,9 @@ from jkd.errors import InputError
 
 INSTALL = {"gpu": "pip install 'jkd[cuda13]' (or 'jkd[cuda12]' for an older driver)", "tpu": "pip install 'jkd[tpu]'"}
 _GOOGLE = "0x1ae0"
+# Seconds without a sign of a process after which it counts as dead. Collectives fail at once when a peer dies; who waits for it at a
+# barrier (at the end of a save) learns it this way alone, and JAX's own 100 s would keep a pod idle.
+_SILENCE = 20
 
 
 def start(device: str | None, environment: Mapping[str, str] = os.environ) -> None:
@@ -39,7 +42,8 @@ def start(device: str | None, environment: Mapping[str, str] = os.environ) -> No
         if key in environment
     }
     try:
-        jax.distributed.initialize(coordinator_address=environment.get("JAX_COORDINATOR_ADDRESS"), **explicit)
+        address = environment.get("JAX_COORDINATOR_ADDRESS")
+        jax.distributed.initialize(coordinator_address=address, heartbeat_timeout_seconds=_SILENCE, **explicit)
     except (ValueError, RuntimeError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,13 @@ def free_port() -> int:
 
 def environment(*, devices: int = 1, pause: float = 0.0, package: Path = HERE.parent, **more: str) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    fixed = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(package), "PAUSE": str(pause)}
+    fixed = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": str(package),
+        "PAUSE": str(pause),
+        "PYTHONFAULTHANDLER": "1",
+    }
     return os.environ | fixed | more
 
 
@@ -54,7 +61,7 @@ def end(process: subprocess.Popen, *, within: float = PATIENCE) -> str:
     try:
         process.wait(within)
     except subprocess.TimeoutExpired:
-        process.kill()
+        process.send_signal(signal.SIGABRT)  # says where it is
         process.wait()
         raise AssertionError(f"it hung: {process.log.read_text()}") from None
     return process.log.read_text()
