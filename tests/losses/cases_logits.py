@@ -237,9 +237,30 @@ def correlation(name, formula, **more):
     return Case(name=name, formula=formula, **(settings | more))
 
 
+def affine(name, share):
+    """Probabilities p (at temperature 1) become ``share * p + (1 - share) / classes``: a positive affine map of all of them."""
+
+    def change(rng, inputs):
+        def mapped(logits):
+            return np.log(share * f.softmax(logits) + (1 - share) / logits.shape[-1])
+
+        return changed(inputs, **{name: mapped})
+
+    return change
+
+
+AFFINE = dict(affine_student=affine("student_logits", 0.6), affine_teacher=affine("teacher_logits", 0.7))
+
 CORRELATIONS = [
     # The code's 1e-8 in the denominator keeps the value from 0 by 1e-8 / |p|²; here |p|² is above 0.01.
-    correlation("dist", f.dist, hyper=dict(beta=1.0, gamma=2.0, temperature=1.0), twins_tolerance=1e-5),
+    correlation(
+        "dist",
+        f.dist,
+        hyper=dict(beta=1.0, gamma=2.0, temperature=1.0),
+        twins_tolerance=1e-5,
+        invariances=SHIFTS | AFFINE | dict(permute_classes=permute_classes),
+        invariances_tolerance=2e-6,
+    ),
     correlation("class_correlation", f.class_correlation, hyper=dict(temperature=2.0)),
     correlation("batch_correlation", f.batch_correlation, hyper=dict(temperature=2.0)),
 ]

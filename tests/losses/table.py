@@ -46,6 +46,7 @@ class Case:
         twins_tolerance: what float64 leaves of 1 - 1 and of log(x / x).
         flat_at_twins: the gradient is zero there too; False for a kink (an absolute value, a norm).
         invariances: ``{meaning: change(rng, inputs) -> inputs}``, changes that keep the value.
+        invariances_tolerance: relative, what a small number in a denominator leaves of them.
         extremes: ``{meaning: change(rng, inputs) -> inputs}`` beyond the common ones; value and gradient stay finite.
         plain_extremes: False leaves out the common ones (inputs that are no logits or features).
         masked_class: what -inf logits or scores mean. "dropped": -inf on both sides is a class that is not there; "finite": no
@@ -73,6 +74,7 @@ class Case:
     flat_at_twins: bool = True
     twins_tolerance: float = 1e-12
     invariances: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    invariances_tolerance: float = 1e-9
     extremes: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     plain_extremes: bool = True
     masked_class: Literal["", "finite", "dropped"] = ""

@@ -192,7 +192,7 @@ def test_invariances(case, run):
         expected = run(inputs)[0]
         for meaning, change in case.invariances.items():
             value = run(change(case.rng(2), inputs))[0]
-            np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-12, err_msg=meaning)
+            np.testing.assert_allclose(value, expected, rtol=case.invariances_tolerance, atol=1e-12, err_msg=meaning)
         if not case.ordered:
             order = case.rng(3).permutation(case.rows[0])
             moved = {name: value if name in case.shared else value[order] for name, value in inputs.items()}
