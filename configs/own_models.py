@@ -2,10 +2,10 @@
 
     jkd train configs/own_models.py
 
-Half a minute on a CPU; a config to copy (`jkd configs own_models > mine.py`) and put your own networks and data into. An NNX class
-takes `rngs`, a Linen module is given as it is; both see the preprocessed images unless `inputs=` says otherwise. docs/your-model.md
-is the guide, with plain functions and Equinox. Measured here: 1,000 steps take the student's accuracy to that of its teacher within
-a few points; the digits are easy.
+A minute and a half on a CPU core; a config to copy (`jkd configs own_models > mine.py`) and put your own networks and data into. An
+NNX class takes `rngs`, a Linen module is given as it is; both see the preprocessed images unless `inputs=` says otherwise.
+docs/your-model.md is the guide, with plain functions and Equinox. Measured on a CPU, one seed: teacher 98.6 % (56,394 parameters),
+control 92.5 %, student 95.8 % (2,410 parameters), with 10 % of the labels.
 """
 
 import jax
