@@ -140,3 +140,11 @@ def test_the_page_of_methods_shows_what_was_measured_and_who_loses():
     for name in lost:
         gain = runs[name]["metrics"]["gain"]["values"]
         assert statistics.mean(gain) + statistics.stdev(gain) < 0
+
+
+def test_the_table_of_methods_is_that_of_the_catalogue():
+    spec = importlib.util.spec_from_file_location("docs_readme", ROOT / "docs" / "readme.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    readme = (ROOT / "README.md").read_text()
+    assert made.written(readme) == readme
