@@ -67,6 +67,7 @@ POOL = dict(student_taps=("pool",), teacher_taps=("pool",))
 NORMS = dict(teacher_norms=small.TAPS)
 
 DEFAULTS = {
+    "FitNet": (recipes.FitNet(**LATE), {"task": 1, "match": 100}),
     "AT": (recipes.AT(**PAIRS), {"task": 1, "match0": 1000, "match1": 1000}),
     "SP": (recipes.SP(**LATE), {"task": 1, "match": 3000}),
     "CC": (recipes.CC(**POOL), {"task": 1, "match": 0.02}),
@@ -135,6 +136,34 @@ def conv3(x, kernel):
 
 def both(rows, *paths):
     return [small.taps(network, rows, *paths) for network in (small.student(), small.teacher())]
+
+
+def strided(x, kernel, padding, stride=1):
+    """A convolution by sums over the kernel's places."""
+    padded, size = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0))), len(kernel)
+    count = (padded.shape[1] - size) // stride + 1
+    along = [slice(i, i + stride * (count - 1) + 1, stride) for i in range(size)]
+    return sum(padded[:, along[i], along[j]] @ kernel[i, j] for i in range(size) for j in range(size))
+
+
+def test_fitnet_regresses_larger_smaller_and_equal_maps_and_takes_the_mean_of_all_squares():
+    rows = tiny.batch(8)
+    recipe = recipes.FitNet(student_taps=("early", "late", "late"), teacher_taps=("late", "early", "late"))
+    found = terms_of(recipe, rows)
+    (early, late), (their_early, their_late) = both(rows, *small.TAPS)
+    stuffed = np.zeros((8, 3, 3, late.shape[-1]))
+    stuffed[:, ::2, ::2] = late  # what a transposed 4x4 convolution of stride 2 with padding 1 convolves
+    cases = [
+        (early, "halve", 3, 1, 2, their_late),
+        (stuffed, "double", 4, 2, 1, their_early),
+        (late, "valid", 1, 0, 1, their_late),
+    ]
+    for i, (mine, kind, size, padding, stride, theirs) in enumerate(cases):
+        params = of(found, "projector", str(i))
+        assert params[kind].shape[:2] == (size, size)
+        mapped = relu(normed(strided(mine, params[kind], padding, stride) + params["bias"]))
+        assert mapped.shape == theirs.shape
+        np.testing.assert_allclose(found.mean(f"match{i}"), ((mapped - theirs) ** 2).mean(), rtol=1e-5)
 
 
 def test_vid_is_the_log_likelihood_of_the_teachers_features():
