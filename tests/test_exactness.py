@@ -16,7 +16,8 @@ from jkd import optim
 from jkd.config import Ema
 from jkd.data import augment
 from jkd.errors import InputError
-from jkd.recipes import KD, Combine, FitNet, Supervised
+from jkd.models import decoder
+from jkd.recipes import KD, RKD, Combine, FitNet, Supervised, TokenKD
 from jkd.recipes.projectors import Linear, Regressor
 from jkd.resolve import make_context
 from jkd.sharding import MeshShape
@@ -69,6 +70,48 @@ def test_an_update_is_the_same_however_the_batch_is_cut_and_placed(kind, layout)
             np.testing.assert_allclose(found[name], wanted[name], rtol=2e-5, atol=1e-6, err_msg=name)
     if kind == "coupled":
         assert tiny.distance(cut.state.buffers, whole.state.buffers) < PARAMETERS
+
+
+PLACES = {
+    "fsdp": dict(mesh=MeshShape(data=1, fsdp=8)),
+    "tensor": dict(mesh=MeshShape(data=1, tensor=8)),
+    "data x fsdp x tensor": dict(mesh=MeshShape(data=2, fsdp=2, tensor=2)),
+}
+SPLIT = (("*body/kernel", P("fsdp", "tensor")), ("*head/kernel", P(("fsdp", "tensor"))))
+
+
+def text(seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    rows = {"tokens": rng.integers(0, 64, (tiny.ROWS, 8)).astype(np.int32), "weight": np.ones(tiny.ROWS, np.float32)}
+    return rows | {"mask": (np.arange(8)[None] < rng.integers(3, 9, (tiny.ROWS, 1))).astype(np.int32)}
+
+
+@functools.cache
+def placed(method: str, place: str | None) -> tiny.Trained:
+    """Three steps of a vision, a relational or a language recipe, on one device or over eight."""
+    taps = {"student_taps": ("body",), "teacher_taps": ("body",)}
+    fields = {"recipe": RKD(**taps) if method == "relational" else KD()}
+    rules, rows = SPLIT, [tiny.batch(seed=seed) for seed in range(3)]
+    if method == "language":
+        networks = [decoder.Config(vocab=64, dim=dim, depth=1, heads=8, hidden=2 * dim, remat=None) for dim in (32, 64)]
+        student, teacher = (tiny.weights(config.build(), seed) for seed, config in enumerate(networks))
+        fields = {"recipe": TokenKD(), "student": student, "teacher": teacher}
+        rules, rows = decoder.RULES, [text(seed) for seed in range(3)]
+    if place is not None:
+        fields |= PLACES[place] | ({"rules": rules, "teacher_rules": rules} if "tensor" in place else {})
+    run = tiny.run(optimizer=optim.sgd(0.05, momentum=0.9), **fields)
+    return tiny.Engine(run, rows[0], devices=8 if place else 1).train(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", ["vision", "relational", "language"])
+def test_replicated_split_and_mixed_parameters_make_one_update(method, place):
+    whole, split = placed(method, None), placed(method, place)
+    moved = [jax.tree.map(np.subtract, one.first.params, one.start.params) for one in (split, whole)]
+    assert tiny.distance(*moved) < GRADIENT
+    assert tiny.distance(split.state.params, whole.state.params) < PARAMETERS
+    np.testing.assert_allclose(split.losses, whole.losses, rtol=2e-5)
 
 
 @pytest.mark.parametrize("layout", ["data x fsdp, 2 microbatches"])
