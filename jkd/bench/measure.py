@@ -72,7 +72,10 @@ def measure(work: Workload, *, steps: int = 20, profile: str | None = None) -> M
 
 def _measure(work: Workload, steps: int, profile: str | None) -> Measurement:
     ctx, run = work.ctx, work.ctx.run
+    operations = flops.of_step(ctx)
     parts = stages(work)
+    if not operations.teacher:  # whatever the forward pass hands on of it, no loss reads it: the step does not run it
+        parts.pop("teacher_forward", None)
     order: list[Callable[[], float]] = [*(lambda part=part: _timed(part) for part in parts.values()), work]
     *partial, whole = alternate(order, steps)
     times = Times.of(whole)
@@ -85,7 +88,6 @@ def _measure(work: Workload, steps: int, profile: str | None) -> Measurement:
         with jax.profiler.trace(profile):
             for _ in range(5):
                 work()
-    operations = flops.of_step(ctx)
     executed = flops.of_program(make_step(ctx), *step_shapes(ctx))
     shards = ctx.mesh.size
     peaks = _peaks(ctx)

@@ -1,0 +1,27 @@
+"""Workers of benchmarks/pair.py, tried on tiny shapes in processes of their own; nothing is said of their times."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("vision jkd", "vision plain"), ("vision jkd --cached", "vision jkd"), ("lm jkd", "lm plain")],
+)
+def test_the_step_of_the_engine_beside_one_written_by_hand(first, second):
+    workers = [f"{sys.executable} {BENCHMARKS / 'kd_step.py'} {which} --tiny" for which in (first, second)]
+    inherited = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(BENCHMARKS / "pair.py"), *workers, "--rounds", "1"]
+    done = subprocess.run(command, env=inherited, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ratio"]["rounds"] == 1
+    assert min(found["first"]["min"], found["second"]["min"]) > 0
