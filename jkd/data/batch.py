@@ -90,10 +90,10 @@ def standard(batch: Batch, indices: np.ndarray, classes: int | None) -> Batch:
             raise InputError(f"image of example {indices[0]} has shape {list(image.shape[1:])}, not [height, width, channels]")
         if image.dtype != np.uint8 and image.dtype.kind != "f":
             raise InputError(f"image is {image.dtype}: uint8 in 0..255 or float in 0..1 is needed")
-        if image.dtype.kind == "f" and image.size and (most := image.max()) > 2 and image.min() >= 0:
-            # what was normalised already has values below 0
+        if image.dtype.kind == "f" and image.size and (most := image.max()) > 2 and image.min() >= 0 and not (image % 1).any():
+            # whole numbers from 0 on: pixels that nobody has divided
             raise InputError(
-                f"image of example {indices[image.max((1, 2, 3)).argmax()]} holds floats up to {most:g}: floats are meant to lie in "
-                "0..1; divide them, or give uint8 in 0..255"
+                f"image of example {indices[image.max((1, 2, 3)).argmax()]} holds whole numbers up to {most:g} as floats: floats are "
+                "meant to lie in 0..1; divide them, or give uint8 in 0..255"
             )
     return batch
