@@ -2,7 +2,8 @@
 
 XLA's CPU compiler makes one convolution of the gradient with respect to a kernel, whose window is the whole output: it reads the
 batch across all its strides. Here that gradient is a sum of matrix products, one for a few rows of the output: the patches that
-those rows saw, laid out side by side while they are in the cache, times the rows' gradient. docs/benchmarks.md says what this gives.
+those rows saw, laid out side by side while they are in the cache, times the rows' gradient.
+docs/benchmarks.md has whole steps beside PyTorch's.
 """
 
 from __future__ import annotations
