@@ -125,7 +125,8 @@ TRANSFORMERS = {"kind": small.transformer, "heads": 2}, {"kind": small.transform
 STRONG = {"run": {"augment": (recipes.View("strong", noise),)}}
 STREAM = {"run": {"augment": (stream, At("unlabelled", recipes.View("strong", noise)))}}
 SECOND = {"run": {"augment": (stream, At("unlabelled", recipes.View("second", noise)))}}
-AVERAGED = {"run": STREAM["run"] | {"teacher": StudentEma(), "ema": Ema(decay=0.9)}}
+AVERAGE = {"teacher": StudentEma(), "ema": Ema(decay=0.9)}
+AVERAGED = {"run": STREAM["run"] | AVERAGE}
 NEGATIVE = {"run": {"augment": (recipes.View("negative", noise),)}}
 
 ROWS = {
@@ -160,7 +161,7 @@ ROWS = {
     "DeiT": row(recipes.DeiT, nets={"student": {"token": True}}),
     "PSKD": row(recipes.PSKD),
     "ELR": row(recipes.ELR),
-    "MeanTeacher": row(recipes.MeanTeacher, weight=10.0, nets=SECOND),
+    "MeanTeacher": row(recipes.MeanTeacher, weight=10.0, nets={"run": SECOND["run"] | AVERAGE}),
     "FixMatch": row(recipes.FixMatch, threshold=0.4, nets=STREAM),
     "FlexMatch": row(recipes.FlexMatch, threshold=0.4, examples=2 * tiny.ROWS, nets=STREAM),
     "DHKD": row(recipes.DHKD, student_taps=("pool",)),

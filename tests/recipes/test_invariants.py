@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -15,7 +16,7 @@ from rows import ROWS
 
 from jkd import optim, recipes
 from jkd.checkpoint import Checkpoints
-from jkd.config import Run
+from jkd.config import Run, StudentEma
 from jkd.context import augment
 from jkd.errors import InputError
 from jkd.recipe import Recipe
@@ -25,8 +26,10 @@ from jkd.types import Term
 
 STEPS = 50
 GRADIENT = 2e-5
-# of the others the teacher is trained, or the student's own average, or there is none
-FROZEN = [name for name, row in ROWS.items() if row.make().needs_teacher and name not in ("MPL", "FST")]
+# the teacher is the student's own average: in the state, and not among what is frozen
+AVERAGED = [name for name, row in ROWS.items() if isinstance(row.run.get("teacher"), StudentEma)]
+# of the others the teacher is trained, or there is none
+FROZEN = [name for name, row in ROWS.items() if row.make().needs_teacher and name not in ("MPL", *AVERAGED)]
 UNCOUPLED = [name for name, row in ROWS.items() if row.independent is not None]
 # one of each kind (a projector, relations, a bank, several updates, a stream, text, rollouts); the others are marked slow
 QUICK = ("KD", "FitNet", "RKD", "PSKD", "CTKD", "FlexMatch", "TokenKD", "GKD")
@@ -133,7 +136,7 @@ def test_rows_of_weight_zero_change_nothing(name):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
-@each(FROZEN)
+@each(FROZEN + AVERAGED)
 def test_no_gradient_reaches_the_teacher_unless_declared(name):
     recipe = ROWS[name].make()
     made = engine(name)
@@ -142,10 +145,16 @@ def test_no_gradient_reaches_the_teacher_unless_declared(name):
         rows = made.prepare(made.fresh(), made.frozen, made.put(tiny.batch()), 0)
 
     def loss(params, state, frozen):
-        terms = small.evaluate(made.ctx, state, {**frozen, "params": {"teacher": params}}, rows)
+        if name in AVERAGED:
+            state = dataclasses.replace(state, ema={"student": {**state.ema["student"], "params": params}})
+        else:
+            frozen = {**frozen, "params": {"teacher": params}}
+        terms = small.evaluate(made.ctx, state, frozen, rows)
         return sum((coef * Term(values, weight).mean() for values, weight, coef in terms.values()), jnp.float32(0))
 
-    gradient = jax.jit(jax.grad(loss))(made.frozen["params"]["teacher"], made.fresh(), made.frozen)
+    state = made.fresh()
+    teacher = state.ema["student"]["params"] if name in AVERAGED else made.frozen["params"]["teacher"]
+    gradient = jax.jit(jax.grad(loss))(teacher, state, made.frozen)
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(gradient))])
     assert (flat == 0).all() == (recipe.teacher_gradient == "stop")
 
