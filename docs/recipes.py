@@ -15,8 +15,9 @@ INTRO = """\
 Every method is one frozen dataclass of `jkd.recipes`; its fields are its hyperparameters, and their defaults the paper's or its
 code's. `jkd recipes` prints this list, `help(recipes.KD)` a method's formula.
 
-*needs*: a teacher; taps (paths of inner modules); labels, or (labels) where `task_weight=0` does without them. *held to*: golden =
-numbers of the authors' code, formula = the paper's equations, mechanism = the behaviour that it states."""
+*needs*: a teacher; taps (paths of inner modules); labels, or (labels) where `task_weight=0` does without them; after the semicolon,
+what else the run, its data or its networks must have. *held to*: golden = numbers of the authors' code, formula = the paper's
+equations, mechanism = the behaviour that it states."""
 
 
 def cell(text: str) -> str:
@@ -30,7 +31,8 @@ def page() -> str:
         lines += ["", f"## {family}", "", "| recipe | what it does | needs | held to | source |", "|---|---|---|---|---|"]
         for entry in group:
             what = " ".join((inspect.getdoc(getattr(recipes, entry.name)) or "").split("\n\n")[0].split())
-            row = (f"`{entry.name}`", cell(what), entry.needs, entry.evidence, cell(entry.citation or "-"))
+            needs = "; ".join(filter(None, (entry.needs, entry.requires)))
+            row = (f"`{entry.name}`", cell(what), cell(needs), entry.evidence, cell(entry.citation or "-"))
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 

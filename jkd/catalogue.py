@@ -25,6 +25,7 @@ class Entry:
         teacher: whether it needs one.
         taps: whether it needs module paths of the networks.
         labels: ``needed``, ``optional`` (``task_weight=0`` drops their term), or ``none``.
+        requires: what else the run must have, in words; empty for nothing.
         fields: its hyperparameters and their defaults, as text.
     """
 
@@ -35,6 +36,7 @@ class Entry:
     teacher: bool
     taps: bool
     labels: Literal["needed", "optional", "none"]
+    requires: str
     fields: dict[str, str]
 
     @property
@@ -69,8 +71,12 @@ def as_text() -> str:
             lines += ["", family]
         head = f"  {entry.name:<{width}}  {entry.needs:<{needs}}  {entry.evidence:<9}  "
         lines += textwrap.wrap(entry.citation or "-", 128, initial_indent=head, subsequent_indent=" " * len(head))
+        if entry.requires:
+            first, more = " " * (width + 4) + "+ ", " " * (width + 6)
+            lines += textwrap.wrap(entry.requires, 128, initial_indent=first, subsequent_indent=more)
     legend = """
 needs: a teacher; taps (paths of modules that it reads; jkd describe lists them); labels, (labels) if task_weight=0 does without
++ on the line below: what else the run, its data or its networks must have
 checked against: golden = the authors' numbers, formula = the paper's equations, mechanism = the behaviour it states"""
     return "\n".join([*lines[1:], legend])
 
@@ -86,6 +92,7 @@ def _entry(name: str, kind: type[Recipe]) -> Entry:
         teacher=needs_teacher and not combined,
         taps=_needs_taps(kind) and not combined,
         labels=_labels(kind),
+        requires=kind.requires,
         fields={field.name: _default(field) for field in dataclasses.fields(kind)},
     )
 

@@ -197,6 +197,8 @@ class Recipe:
     needs_teacher: ClassVar[bool] = True
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "mechanism"
     """How far the implementation is held to the authors': their numbers, their formula, or the stated mechanism only."""
+    requires: ClassVar[str] = ""
+    """What else a run of it must have, a short phrase for ``jkd recipes``: a view, a stream, a head, a kind of teacher."""
     same_classes: ClassVar[bool] = True
     """Whether teacher and student must have as many classes."""
     teacher_gradient: ClassVar[Literal["stop", "through"]] = "stop"

@@ -171,7 +171,7 @@ def recipe(hook, answer):
         (
             "def config():\n    image = np.full((32, 8, 8, 1), 16.0, np.float32)\n"
             "    return run(data=data.arrays(image=image, label=np.zeros(32, int)))",
-            "holds floats up to 16: floats are meant to lie in 0..1",
+            "holds whole numbers up to 16 as floats: floats are meant to lie in 0..1",
         ),
     ],
     ids=lambda value: value[-40:],
@@ -407,3 +407,34 @@ def test_configs_are_listed_and_copied(capsys):
 def test_every_entry_says_its_needs_in_words():
     needs = {entry.name: entry.needs for entry in catalogue.entries()}
     assert (needs["Supervised"], needs["KD"], needs["FitNet"]) == ("labels", "teacher, (labels)", "teacher, taps, (labels)")
+
+
+SAYS = {
+    "DeiT": "distillation_token",
+    "SimKD": "teacher_head.*pooling",
+    "SRRL": "teacher_head.*pooling",
+    "LELP": "split by with_subclasses",
+    "KnowledgeConcentration": "Ensemble",
+    "MEALV2": "Ensemble",
+    "MeanTeacher": "StudentEma",
+    "FST": "StudentEma.*unlabelled.*strong",
+    "MPL": "unlabelled.*strong",
+    "FixMatch": "unlabelled.*strong",
+    "FlexMatch": "unlabelled.*strong",
+    "MLLD": "strong view",
+    "MarginMSE": "negative",
+    "ULD": "another vocabulary",
+    "SwingKD": "privacy",
+    "LAD": "reads the labels",
+    "GKD": "generates",
+}
+
+
+def test_what_a_method_needs_beyond_two_networks_and_a_batch_is_listed(capsys):
+    found = {entry.name: entry for entry in catalogue.entries()}
+    assert found["KD"].requires == found["FitNet"].requires == ""
+    for name, said in SAYS.items():
+        assert re.search(said, found[name].requires), name
+    assert main(["recipes"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(f"+ {entry.requires}" in out for entry in found.values() if entry.requires)

@@ -30,6 +30,7 @@ class PSKD(Recipe):
 
     citation: ClassVar[str] = "Kim et al., Self-Knowledge Distillation with Progressive Refinement of Targets, ICCV 2021"
     family: ClassVar[str] = "self"
+    requires: ClassVar[str] = "data of known size"
     needs_teacher: ClassVar[bool] = False
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
@@ -72,6 +73,7 @@ class ELR(Recipe):
 
     citation: ClassVar[str] = "Liu et al., Early-Learning Regularization Prevents Memorization of Noisy Labels, NeurIPS 2020"
     family: ClassVar[str] = "self"
+    requires: ClassVar[str] = "data of known size"
     needs_teacher: ClassVar[bool] = False
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 

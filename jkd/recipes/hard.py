@@ -100,6 +100,7 @@ class HARD(Recipe):
 
     citation: ClassVar[str] = "Nix, Burg & Sinz, HARD: Hard Augmentations for Robust Distillation, 2023, arXiv:2305.14890"
     family: ClassVar[str] = "augmentation"
+    requires: ClassVar[str] = "images, as batch['image']"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "mechanism"
     teacher_gradient: ClassVar[Literal["stop", "through"]] = "through"
 

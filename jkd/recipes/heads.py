@@ -28,6 +28,7 @@ class _TeacherHead(Match):
     teacher_head: str = "head"
 
     teacher_gradient: ClassVar[Literal["stop", "through"]] = "through"
+    requires: ClassVar[str] = "a teacher whose last layer is a module of its own (teacher_head); taps before its pooling"
 
     def __post_init__(self):
         super().__post_init__()
@@ -225,6 +226,7 @@ class DeiT(Recipe):
 
     citation: ClassVar[str] = "Touvron et al., Training data-efficient image transformers, ICML 2021, arXiv:2012.12877"
     family: ClassVar[str] = "heads"
+    requires: ClassVar[str] = 'a student with heads["distillation"] (models.vit: distillation_token=True)'
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
     def terms(self, vars, student, teacher, batch, *, clock, key):

@@ -48,6 +48,7 @@ class FST(Recipe):
         "Du et al., Learning from Future: A Novel Self-Training Framework for Semantic Segmentation, NeurIPS 2022, arXiv:2209.06993"
     )
     family: ClassVar[str] = "self-training"
+    requires: ClassVar[str] = "Run.teacher = StudentEma() and Run.ema; an unlabelled stream with a strong view"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
     @property
@@ -122,6 +123,7 @@ class MPL(Recipe):
 
     citation: ClassVar[str] = "Pham et al., Meta Pseudo Labels, CVPR 2021, arXiv:2003.10580"
     family: ClassVar[str] = "self-training"
+    requires: ClassVar[str] = "a teacher that trains too; an unlabelled stream with a strong view"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
     @property

@@ -48,6 +48,7 @@ class MiniLLM(Recipe):
 
     citation: ClassVar[str] = "Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, ICLR 2024"
     family: ClassVar[str] = "language"
+    requires: ClassVar[str] = "a student that generates"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
     def __post_init__(self):

@@ -44,6 +44,7 @@ class MLLD(Recipe):
 
     citation: ClassVar[str] = "Jin, Wang & Lin, Multi-Level Logit Distillation, CVPR 2023"
     family: ClassVar[str] = "logits"
+    requires: ClassVar[str] = "a strong view of the batch"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
     @property

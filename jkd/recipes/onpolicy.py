@@ -202,6 +202,7 @@ class GKD(_ByToken):
     divergence: Part = JS(0.5)
 
     citation: ClassVar[str] = "Agarwal et al., On-Policy Distillation of Language Models, ICLR 2024"
+    requires: ClassVar[str] = "a student that generates"
     evidence: ClassVar[Evidence] = "formula"
 
     def part(self, vars, clock):
@@ -233,6 +234,7 @@ class SeqKD(Recipe):
 
     citation: ClassVar[str] = "Kim and Rush, Sequence-Level Knowledge Distillation, EMNLP 2016"
     family: ClassVar[str] = "language"
+    requires: ClassVar[str] = "a teacher that generates"
     evidence: ClassVar[Evidence] = "mechanism"
 
     def prepare(self, models, batch, key):
@@ -274,6 +276,7 @@ class DistiLLM(_ByToken):
     threshold: float = 0.0
 
     citation: ClassVar[str] = "Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models, ICML 2024"
+    requires: ClassVar[str] = "a student that generates"
     evidence: ClassVar[Evidence] = "formula"
 
     def part(self, vars, clock):

@@ -94,6 +94,7 @@ class LADTeacher(Recipe):
         "ECCV 2024"
     )
     family: ClassVar[str] = "teachers"
+    requires: ClassVar[str] = "a network that reads the labels (NoisedLabels)"
     needs_teacher: ClassVar[bool] = False
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
@@ -135,6 +136,7 @@ class LAD(Recipe):
 
     citation: ClassVar[str] = LADTeacher.citation
     family: ClassVar[str] = "teachers"
+    requires: ClassVar[str] = "a teacher that reads the labels (NoisedLabels)"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
     def forward(self, models, batch, key):

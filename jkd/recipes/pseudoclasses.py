@@ -180,6 +180,7 @@ class LELP(Recipe):
         "Loo et al., Linear Projections of Teacher Embeddings for Few-Class Distillation, 2024, arXiv:2409.20449"
     )
     family: ClassVar[str] = "logits"
+    requires: ClassVar[str] = "a teacher split by with_subclasses; a student of classes * subclasses logits"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "mechanism"
     same_classes: ClassVar[bool] = False
 

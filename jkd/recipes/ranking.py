@@ -35,6 +35,7 @@ class MarginMSE(Recipe):
         "Hofstätter et al., Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation, 2020"
     )
     family: ClassVar[str] = "ranking"
+    requires: ClassVar[str] = 'a view "negative" of the batch: the same queries with other documents'
     same_classes: ClassVar[bool] = False
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "golden"
 

@@ -52,6 +52,7 @@ class MeanTeacher(Recipe):
 
     citation: ClassVar[str] = "Tarvainen & Valpola, Mean teachers are better role models, NeurIPS 2017, arXiv:1703.01780"
     family: ClassVar[str] = "self-training"
+    requires: ClassVar[str] = "Run.teacher = StudentEma() and Run.ema"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
     def forward(self, models, batch, key):
@@ -91,6 +92,7 @@ class FixMatch(Recipe):
 
     citation: ClassVar[str] = "Sohn et al., FixMatch, NeurIPS 2020, arXiv:2001.07685"
     family: ClassVar[str] = "self-training"
+    requires: ClassVar[str] = "an unlabelled stream with a strong view"
     needs_teacher: ClassVar[bool] = False
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 

@@ -53,6 +53,7 @@ class MEALV2(Recipe):
         "arXiv:2009.08453"
     )
     family: ClassVar[str] = "several teachers"
+    requires: ClassVar[str] = "an Ensemble of teachers (one network will do)"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
     @property
@@ -146,6 +147,7 @@ class KnowledgeConcentration(Recipe):
         "Gao et al., Knowledge Concentration: Learning 100K Object Classifiers in a Single CNN, 2017, arXiv:1711.07607"
     )
     family: ClassVar[str] = "several teachers"
+    requires: ClassVar[str] = "an Ensemble of specialists"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "mechanism"
 
     def init(self, key, ctx):

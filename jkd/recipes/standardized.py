@@ -20,6 +20,9 @@ class Standardized(Recipe):
     ``Standardized(recipe=DKD(temperature=2.0))``. The labels' term (``task``) keeps the student's own logits, as the authors' code
     has it; everything else, what is remembered too, sees standardised ones.
 
+    Difference: the authors wrap `MLLD` too. It is refused here, as every method whose ``forward`` is its own: what such a method
+    makes of the two sides (several views there) is not one answer each, whose logits could be exchanged.
+
     Args:
         recipe: a method that runs the two networks once on the batch.
 

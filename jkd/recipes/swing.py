@@ -47,6 +47,7 @@ class SwingKD(Recipe):
         "Li et al., Swing Distillation: A Privacy-Preserving Knowledge Distillation Framework, 2022, arXiv:2212.08349"
     )
     family: ClassVar[str] = "language"
+    requires: ClassVar[str] = 'how private each token is (batch["privacy"])'
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "mechanism"
 
     def init(self, key, ctx):

@@ -38,6 +38,7 @@ class MCMI(Recipe):
         "ICLR 2024, arXiv:2401.08732"
     )
     family: ClassVar[str] = "teachers"
+    requires: ClassVar[str] = "a student that is trained already"
     needs_teacher: ClassVar[bool] = False
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 

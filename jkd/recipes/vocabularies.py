@@ -41,6 +41,7 @@ class ULD(Recipe):
         "Boizard et al., Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs, TMLR 2025"
     )
     family: ClassVar[str] = "language"
+    requires: ClassVar[str] = "a teacher of another vocabulary, and the text as its tokenizer cuts it (teacher_tokens)"
     evidence: ClassVar[Literal["golden", "formula", "mechanism"]] = "formula"
 
     def terms(self, vars, student, teacher, batch, *, clock, key):
