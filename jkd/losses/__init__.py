@@ -4,8 +4,9 @@ Every loss is ``name(student_…, teacher_…, [labels], *, hyperparameters) -> 
 token or pixel, in float32 or float64), without example weights, state or ``stop_gradient`` on the teacher. Its plain mean is
 the number that the paper's code prints. Logarithms are natural: values of divergences are in nats.
 
-Temperature² is inside (Hinton's convention), so gradients keep their size as the temperature grows. TRL (GKD), DistiLLM and
-TinyBERT leave it out: ``coef = 1 / temperature**2`` makes a term equal to theirs.
+Temperature² is inside (Hinton's convention), so gradients keep their size as the temperature grows. TRL (GKD) and DistiLLM leave
+it out: ``coef = 1 / temperature**2`` makes a term equal to theirs. TinyBERT leaves it out of a soft cross-entropy and averages that
+over the classes too: `soft_cross_entropy` with ``coef = 1 / (classes * temperature**2)``.
 """
 
 from __future__ import annotations

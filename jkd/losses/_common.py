@@ -106,8 +106,10 @@ def check_labels(labels: Any, logits: Any, *, name: str = "labels", logits_name:
 
 def check_where(where: Any, shape: tuple[int, ...], *, meaning: str, name: str = "where") -> None:
     """A mask of that shape (True or 1 = counted)."""
-    if not hasattr(where, "dtype") or not (jnp.issubdtype(where.dtype, jnp.bool_) or jnp.issubdtype(where.dtype, jnp.number)):
+    if not hasattr(where, "dtype"):
         raise TypeError(f"{name} must be a boolean or 0/1 array {meaning}, got {type(where).__name__}")
+    if not any(jnp.issubdtype(where.dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
+        raise TypeError(f"{name} must be a boolean or 0/1 array {meaning}, got {describe(where)}")
     if np.shape(where) != tuple(shape):
         raise ValueError(f"{name} must be {meaning} = {list(shape)}, got {describe(where)}")
 
@@ -120,22 +122,44 @@ def per_class(value: PerPosition) -> Any:
     return value if np.ndim(value) == 0 else jnp.asarray(value)[..., None]
 
 
+def squared(temperature: PerPosition) -> Any:
+    """T², in float32 at least: in float16 the square of 300 is inf."""
+    if isinstance(temperature, (int, float)):
+        return temperature * temperature
+    (temperature,) = promote(temperature)
+    return temperature * temperature
+
+
+def check_temperature(temperature: PerPosition, logits: Any) -> None:
+    """A scalar, or the axes of ``logits`` but the last (each may be 1). ``[batch, 1]`` beside ``[batch, classes]`` would broadcast
+    to ``[batch, batch]``."""
+    shape, positions = np.shape(temperature), np.shape(logits)[:-1]
+    if shape and (len(shape) != len(positions) or any(a not in (1, b) for a, b in zip(shape, positions, strict=True))):
+        raise ValueError(
+            f"temperature must be a scalar, or one value for each position = {list(positions)} (the logits {describe(logits)} "
+            f"without their last axis), got {describe(temperature)}"
+        )
+
+
 def tempered(logits: Any, temperature: PerPosition) -> Any:
     """``logits / temperature``; -inf stays, also in the gradient of a temperature that is learned (-inf / T² times 0 is nan)."""
     if isinstance(temperature, (int, float)):
         return logits if temperature == 1 else logits / temperature
-    kept = logits > -jnp.inf
+    check_temperature(temperature, logits)
+    kept = logits != -jnp.inf
     return jnp.where(kept, jnp.where(kept, logits, 0) / per_class(temperature), -jnp.inf)
 
 
 def log_softmax(logits: Real[Array, "*batch classes"], temperature: PerPosition = 1.0) -> Float[Array, "*batch classes"]:
     """Log-probabilities of ``logits / temperature``; classes at -inf stay at -inf and receive no gradient."""
-    return jax.nn.log_softmax(tempered(logits, temperature), axis=-1)
+    shifted, _, total = shifted_exp(tempered(logits, temperature))
+    return shifted - jnp.log(total)
 
 
 def softmax(logits: Real[Array, "*batch classes"], temperature: PerPosition = 1.0) -> Float[Array, "*batch classes"]:
     """Probabilities of ``logits / temperature``."""
-    return jax.nn.softmax(tempered(logits, temperature), axis=-1)
+    _, exponentials, total = shifted_exp(tempered(logits, temperature))
+    return exponentials / total
 
 
 def kl(log_p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
@@ -157,14 +181,15 @@ WIDE = 64
 
 
 def shifted_exp(scores: Float[Array, "*batch classes"]) -> tuple[Any, Any, Any]:
-    """Scores less the row's largest, their exponentials, and the sum of these ``[..., 1]``.
+    """Scores less the row's largest, their exponentials, and the sum of these ``[..., 1]`` (1 in a row of -inf only).
 
     Softmax does not see a shift, so no gradient is lost by stopping the one of the largest.
     """
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     shifted = scores - jnp.where(top > -jnp.inf, top, 0)
     exponentials = jnp.exp(shifted)
-    return shifted, exponentials, jnp.sum(exponentials, axis=-1, keepdims=True)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    return shifted, exponentials, jnp.where(total == 0, 1, total)
 
 
 def kl_of_logits(p_logits: Float[Array, "*batch classes"], q_logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
@@ -175,7 +200,7 @@ def kl_of_logits(p_logits: Float[Array, "*batch classes"], q_logits: Float[Array
     """
     if p_logits.shape[-1] < WIDE:
         real = jnp.minimum(p_logits, q_logits) > -jnp.inf
-        log_p, log_q = (jax.nn.log_softmax(logits, axis=-1) for logits in (p_logits, q_logits))
+        log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
         return jnp.sum(jnp.exp(log_p) * jnp.where(real, log_p - log_q, 0), axis=-1)
     (p, exp_p, total_p), (q, _, total_q) = shifted_exp(p_logits), shifted_exp(q_logits)
     difference = p - q
@@ -190,7 +215,7 @@ def cross_entropy_of_logits(
 ) -> Float[Array, "*batch"]:
     """`cross_entropy_of` the softmaxes of two logit vectors (already divided by T), as `kl_of_logits` is written."""
     if p_logits.shape[-1] < WIDE:
-        return cross_entropy_of(jax.nn.softmax(p_logits, axis=-1), jax.nn.log_softmax(q_logits, axis=-1))
+        return cross_entropy_of(softmax(p_logits), log_softmax(q_logits))
     _, exp_p, total_p = shifted_exp(p_logits)
     return cross_entropy_with(exp_p, q_logits) / total_p[..., 0]
 
@@ -247,16 +272,21 @@ def masked_logsumexp(x: Float[Array, "*batch classes"], keep: Any) -> Float[Arra
     return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + top[..., 0], -jnp.inf)
 
 
+def indices(labels: Any) -> jax.Array:
+    """int32: in the labels' own uint8 or int8 the number of classes, and so every bound, may wrap around."""
+    return jnp.asarray(labels, jnp.int32)
+
+
 def at_label(values: Real[Array, "*batch classes"], labels: Any) -> Real[Array, "*batch"]:
     """``values[..., labels]``. A label out of range is not an error under jit: it reads the last or first class."""
-    return jnp.take_along_axis(values, labels[..., None], axis=-1, mode="clip")[..., 0]
+    return jnp.take_along_axis(values, indices(labels)[..., None], axis=-1, mode="clip")[..., 0]
 
 
 def log_softmax_of(logits: Float[Array, "*batch classes"], ids: Any) -> Float[Array, "*batch k"]:
     """The log-softmax's entries of the classes ``ids`` ``[..., k]``. No others are computed: half the time, and no memory of the
     logits' size."""
     shifted, _, total = shifted_exp(logits)
-    return jnp.take_along_axis(shifted, ids, axis=-1, mode="clip") - jnp.log(total)
+    return jnp.take_along_axis(shifted, indices(ids), axis=-1, mode="clip") - jnp.log(total)
 
 
 def log_softmax_at(logits: Float[Array, "*batch classes"], labels: Any) -> Float[Array, "*batch"]:
@@ -266,8 +296,8 @@ def log_softmax_at(logits: Float[Array, "*batch classes"], labels: Any) -> Float
 
 def is_label(labels: Any, classes: int) -> jax.Array:
     """``[..., classes]`` boolean, True at the label."""
-    indices = jnp.arange(classes, dtype=labels.dtype).reshape((1,) * labels.ndim + (classes,))
-    return labels[..., None] == indices
+    every = jnp.arange(classes, dtype=jnp.int32).reshape((1,) * np.ndim(labels) + (classes,))
+    return indices(labels)[..., None] == every
 
 
 # --- norms, correlations, means -----------------------------------------------------------------------------------------

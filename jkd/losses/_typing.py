@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
     import jax
     import numpy as np
-    from jaxtyping import Bool, Float, Int, Key, Real
+    from jaxtyping import Bool, Float, Key, Real
+    from jaxtyping import Integer as Int  # unsigned too
 
     Array = jax.Array | np.ndarray
     Number = float | int

@@ -29,6 +29,11 @@ def _token_mask(mask, shape):
     return jnp.asarray(mask) != 0
 
 
+def _real_tokens(x, real):
+    """``[..., heads, tokens, dim]`` with 0 in padded tokens, whose contents may be nan: no product of them has a gradient."""
+    return x if real is None else jnp.where(real[..., None, :, None], x, 0)
+
+
 def _mean_over_queries(values, mask):
     """``[..., queries]`` to ``[...]``, over real tokens."""
     return masked_mean(values, mask, -1)
@@ -153,6 +158,7 @@ def attention_kl(
     _check_square(mask, student_scores=student_scores)
     student, teacher = promote(student_scores, teacher_scores)
     real = _token_mask(mask, (*student.shape[:-3], student.shape[-1]))
+    student, teacher = _real_tokens(student, real), _real_tokens(teacher, real)
     key_mask = None if real is None else real[..., None, :]
     rows = jnp.mean(_row_kl(student, teacher, key_mask), axis=-2)
     return _mean_over_queries(rows, real)
@@ -168,7 +174,7 @@ def _relation_kl(student, teacher, mask):
     def one_head(student, teacher):
         return _row_kl(scores(student), scores(teacher), real)
 
-    return _mean_over_queries(_mean_over_heads(one_head, student, teacher), real)
+    return _mean_over_queries(_mean_over_heads(one_head, _real_tokens(student, real), _real_tokens(teacher, real)), real)
 
 
 def value_relation_kl(

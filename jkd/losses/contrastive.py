@@ -17,8 +17,10 @@ from jkd.losses._common import (
     check_where,
     cross_entropy_with,
     describe,
+    indices,
     normalize,
     promote,
+    tempered,
 )
 from jkd.losses._maps import check_channels, einsum
 from jkd.losses._rows import rows
@@ -103,14 +105,11 @@ def soft_contrastive(
     check_nonempty(-1, "candidates", **arrays)
     check_same_shape(**arrays)
     similarities, targets = promote(student_similarities, teacher_targets)
-    logits = similarities / temperature
-    if where is None:
-        return cross_entropy_with(targets, logits)
-    check_where(where, logits.shape, meaning="[..., candidates]")
-    kept = jnp.asarray(where) != 0
-    # A softmax over nothing is undefined: a row without a candidate keeps them all, and its targets are dropped.
-    logits = jnp.where(kept | ~jnp.any(kept, axis=-1, keepdims=True), logits, -jnp.inf)
-    return cross_entropy_with(jnp.where(kept, targets, 0), logits)
+    if where is not None:
+        check_where(where, similarities.shape, meaning="[..., candidates]")
+        kept = jnp.asarray(where) != 0
+        similarities, targets = jnp.where(kept, similarities, -jnp.inf), jnp.where(kept, targets, 0)
+    return cross_entropy_with(targets, tempered(similarities, temperature))
 
 
 def _scores(embeddings, bank, candidates):
@@ -198,7 +197,8 @@ def crd(
     student, teacher = normalize(student), normalize(teacher)
     student_bank, teacher_bank = (jnp.asarray(memory[name], student.dtype) for name in ("student", "teacher"))
     size = student_bank.shape[0]
-    candidates = jnp.concatenate([index[:, None], negatives.astype(index.dtype)], axis=1)
+    index = indices(index)
+    candidates = jnp.concatenate([index[:, None], indices(negatives)], axis=1)
 
     total, written = jnp.zeros((), student.dtype), {}
     # Dropped rows aim past the end, where a write is left out.
@@ -224,6 +224,9 @@ def _check_memory(embeddings, index, negatives, memory):
     batch, dim = embeddings.shape
     check_exact_rank(2, "[N, dim]", **{f"memory[{side!r}]": memory[side] for side in ("student", "teacher")})
     check_same_shape(**{f"memory[{side!r}]": memory[side] for side in ("student", "teacher")})
+    check_exact_rank(
+        0, "a scalar array", **{f"memory['{side}_scale']": memory[f"{side}_scale"] for side in ("student", "teacher")}
+    )
     if np.shape(memory["student"])[1] != dim:
         raise ValueError(f"memory['student'] must be [N, {dim}] like student_embeddings, got {describe(memory['student'])}")
     for name, array, rank in (("index", index, 1), ("negatives", negatives, 2)):

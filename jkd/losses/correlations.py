@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from jkd.losses._common import check_classes, check_exact_rank, check_where, masked_mean, norm, promote, softmax
+from jkd.losses._common import check_classes, check_exact_rank, check_where, masked_mean, norm, promote, softmax, squared
 from jkd.losses._maps import einsum
 from jkd.losses._typing import Array, Bool, Float, Real, Scalar
 
@@ -70,7 +70,7 @@ def dist(
     q, p, weight = _probabilities(student_logits, teacher_logits, temperature, where)
     rows = 1 - _pearson(q, p, None, 1)
     columns = 1 - jnp.mean(_pearson(q, p, weight, 0))
-    return (beta * rows + gamma * columns) * (temperature * temperature)
+    return (beta * rows + gamma * columns) * squared(temperature)
 
 
 def class_correlation(
@@ -133,6 +133,10 @@ def batch_correlation(
 
     Source:
         [MLLD, BC] Jin et al., "Multi-Level Logit Distillation", CVPR 2023, the batch-level alignment.
+
+    Code versus paper:
+        The code means to leave out examples by confidence but multiplies the batch's one number by that mask's mean, about 1/2;
+        there is no such mask here, and ``where`` drops examples.
 
     Example:
         >>> print(f"{batch_correlation(jnp.array([[9.0, -9.0]]), jnp.zeros((1, 2)), temperature=1.0).mean():.4f}")

@@ -26,9 +26,9 @@ from jkd.losses._common import (
     log_softmax_at,
     masked_logsumexp,
     masked_mean,
-    per_class,
     promote,
     softplus,
+    squared,
     tempered,
 )
 from jkd.losses._typing import Array, Bool, Float, Int, PerPosition, Real, Scalar
@@ -60,7 +60,7 @@ def _apart(logits, labels, temperature):
 
 def _label_or_not(label, rest):
     """``[..., 2]`` log-probabilities of the label and of all others together."""
-    return jax.nn.log_softmax(jnp.stack([label, rest], axis=-1), axis=-1)
+    return log_softmax(jnp.stack([label, rest], axis=-1))
 
 
 def dkd(
@@ -104,7 +104,7 @@ def dkd(
     label_q, rest_q, others_q = _apart(student, labels, temperature)
     label_p, rest_p, others_p = _apart(teacher, labels, temperature)
     target = kl(_label_or_not(label_p, rest_p), _label_or_not(label_q, rest_q))
-    return (alpha * target + beta * kl(others_p, others_q)) * (temperature * temperature)
+    return (alpha * target + beta * kl(others_p, others_q)) * squared(temperature)
 
 
 def nkd(
@@ -140,7 +140,7 @@ def nkd(
     _, _, others_q = _apart(student, labels, temperature)
     _, _, others_p = _apart(teacher, labels, temperature)
     rest = cross_entropy_of(jnp.exp(others_p), others_q)
-    return -jnp.exp(label_p) * label_q + gamma * rest * (temperature * temperature)
+    return -jnp.exp(label_p) * label_q + gamma * rest * squared(temperature)
 
 
 def uskd(
@@ -236,7 +236,7 @@ def wsld(
     of_student, of_teacher = -log_softmax_at(student, labels), -log_softmax_at(teacher, labels)
     weight = jax.lax.stop_gradient(-jnp.expm1(-of_student / (of_teacher + 1e-7)))
     soft = cross_entropy_of_logits(tempered(teacher, temperature), tempered(student, temperature))
-    return weight * soft * (temperature * temperature)
+    return weight * soft * squared(temperature)
 
 
 def binary_kl(
@@ -268,10 +268,10 @@ def binary_kl(
     check_classes(student_logits, teacher_logits)
     student, teacher = promote(student_logits, teacher_logits)
     real = jnp.minimum(student, teacher) > -jnp.inf
-    student, teacher = (jnp.where(real, z, 0) / per_class(temperature) for z in (student, teacher))
+    student, teacher = (tempered(jnp.where(real, z, 0), temperature) for z in (student, teacher))
     # With log sigmoid(z) = z - softplus(z) and log sigmoid(-z) = - softplus(z), both halves of each KL together.
     terms = jax.nn.sigmoid(teacher) * (teacher - student) - (softplus(teacher) - softplus(student))
-    return jnp.sum(terms, axis=-1) * (temperature * temperature)
+    return jnp.sum(terms, axis=-1) * squared(temperature)
 
 
 def binary_kl_norm(
@@ -294,12 +294,15 @@ def binary_kl_norm(
         [DHKD, BinaryKL-Norm] Yang et al., "Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary
         Head", 2024, arXiv:2411.08937, the BinaryKL-Norm loss.
 
+    Code versus paper:
+        The code adds 1e-8 inside its logarithms; here they are exact.
+
     Example:
         >>> print(f"{binary_kl_norm(jnp.array([0.0]), jnp.array([2.0]), temperature=1.0):.4f}")
         0.4338
     """
     check_classes(student_logits, teacher_logits)
-    difference = log_ratio(*promote(student_logits, teacher_logits)) / per_class(temperature)
+    difference = tempered(log_ratio(*promote(student_logits, teacher_logits)), temperature)
     # softplus(u) - u / 2 - log 2 = log cosh(u / 2): one transcendental function, and smooth at 0 (as |u| is not).
     terms = softplus(difference) - difference / 2 - math.log(2)
-    return jnp.sum(terms, axis=-1) * (temperature * temperature)
+    return jnp.sum(terms, axis=-1) * squared(temperature)

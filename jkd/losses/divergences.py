@@ -1,8 +1,11 @@
 """Divergences between two logit vectors, one value for each position.
 
 p is the teacher's softmax and q the student's, both of logits / temperature; sums run over the classes (last axis).
-``temperature`` is a scalar or one value for each position, so it may be learned (CTKD) or depend on the token. A class that one
-side masks with -inf (a padded vocabulary) contributes nothing.
+``temperature`` is a scalar or one value for each position, so it may be learned (CTKD) or depend on the token.
+
+A class that both sides mask with -inf (a padded vocabulary) is not there. One that only one side masks is left out of the sums of
+logarithms, which it would make infinite (cross-entropy, forward and reverse KL, `jeffreys`); where a probability of 0 has a finite
+value it counts as that (`js`, skews, `total_variation`). A position of masked classes only is 0.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from jkd.losses._common import (
     masked_mean,
     promote,
     softmax,
+    squared,
     tempered,
 )
 from jkd.losses._typing import Array, Float, Int, PerPosition, Real, Scalar
@@ -86,10 +90,6 @@ def _pair(student_logits, teacher_logits, temperature):
     return tuple(log_softmax(logits) for logits in _tempered_pair(student_logits, teacher_logits, temperature))
 
 
-def _squared(temperature):
-    return temperature * temperature
-
-
 def soft_cross_entropy(
     student_logits: Real[Array, "*batch classes"],
     teacher_logits: Real[Array, "*batch classes"],
@@ -110,14 +110,15 @@ def soft_cross_entropy(
         targets' cross-entropy.
 
     Code versus paper:
-        DistiLLM calls this forward KL. TinyBERT averages over the classes too: ``coef = 1 / (C T²)`` gives its number.
+        DistiLLM calls this, without T², forward KL: ``coef = 1 / T²``. TinyBERT leaves T² out too and averages over the batch
+        and the classes: ``coef = 1 / (C T²)``.
 
     Example:
         >>> print(f"{soft_cross_entropy(jnp.zeros(4), jnp.zeros(4)):.4f}")
         1.3863
     """
     student, teacher = _tempered_pair(student_logits, teacher_logits, temperature)
-    return cross_entropy_of_logits(teacher, student) * _squared(temperature)
+    return cross_entropy_of_logits(teacher, student) * squared(temperature)
 
 
 def forward_kl(
@@ -141,7 +142,7 @@ def forward_kl(
 
     Code versus paper:
         DeiT and PromptKD divide by the number of classes as well (PyTorch's ``mean``): ``coef = 1 / C``. PKD-BERT does too.
-        TRL, DistiLLM and TinyBERT leave T² out: ``coef = 1 / T²``.
+        TRL and DistiLLM leave T² out: ``coef = 1 / T²``. TinyBERT's code has no KL: see `soft_cross_entropy`.
 
     Example:
         >>> teacher = jnp.log(jnp.array([0.5, 0.25, 0.25]))
@@ -149,7 +150,7 @@ def forward_kl(
         0.0589
     """
     student, teacher = _tempered_pair(student_logits, teacher_logits, temperature)
-    return kl_of_logits(teacher, student) * _squared(temperature)
+    return kl_of_logits(teacher, student) * squared(temperature)
 
 
 def reverse_kl(
@@ -180,7 +181,7 @@ def reverse_kl(
         0.0566
     """
     student, teacher = _tempered_pair(student_logits, teacher_logits, temperature)
-    return kl_of_logits(student, teacher) * _squared(temperature)
+    return kl_of_logits(student, teacher) * squared(temperature)
 
 
 def jeffreys(
@@ -210,7 +211,7 @@ def jeffreys(
         0.4621
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
-    return 0.5 * jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * log_ratio(log_p, log_q), axis=-1) * _squared(temperature)
+    return 0.5 * jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * log_ratio(log_p, log_q), axis=-1) * squared(temperature)
 
 
 def js(
@@ -243,13 +244,12 @@ def js(
         0.6931
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
-    squared = _squared(temperature)
     if isinstance(beta, (int, float)) and beta in (0, 1):
-        return (kl(log_p, log_q) if beta == 0 else kl(log_q, log_p)) * squared
+        return (kl(log_p, log_q) if beta == 0 else kl(log_q, log_p)) * squared(temperature)
     value = beta * kl_to_mixture(log_p, beta, log_q) + (1 - beta) * kl_to_mixture(log_q, 1 - beta, log_p)
     if not isinstance(beta, (int, float)):  # a schedule's value: the ends are only known when it runs
         value = jnp.where(beta == 0, kl(log_p, log_q), jnp.where(beta == 1, kl(log_q, log_p), value))
-    return value * squared
+    return value * squared(temperature)
 
 
 def skew_forward_kl(
@@ -282,7 +282,7 @@ def skew_forward_kl(
         2.3026
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
-    return kl_to_mixture(log_p, lam, log_q) * _squared(temperature)
+    return kl_to_mixture(log_p, lam, log_q) * squared(temperature)
 
 
 def skew_reverse_kl(
@@ -314,7 +314,7 @@ def skew_reverse_kl(
         2.3026
     """
     log_q, log_p = _pair(student_logits, teacher_logits, temperature)
-    return kl_to_mixture(log_q, lam, log_p) * _squared(temperature)
+    return kl_to_mixture(log_q, lam, log_p) * squared(temperature)
 
 
 def total_variation(

@@ -12,6 +12,7 @@ import numpy as np
 
 from jkd.losses._common import (
     check_exact_rank,
+    check_nonempty,
     check_rank,
     check_same_shape,
     check_where,
@@ -147,8 +148,8 @@ def hierarchical_context(
     Args:
         student_features: ``[..., height, width, channels]``.
         teacher_features: ``[..., height, width, channels]``; height and width may differ.
-        levels: sides of the pooled maps, from large to small. Those not smaller than the map are left out, and k counts those
-            that stay.
+        levels: sides of the pooled maps, from large to small. Those not smaller than the map's height are left out, and k
+            counts those that stay.
 
     Returns:
         ``[...]``, one value for each example.
@@ -158,8 +159,8 @@ def hierarchical_context(
         context loss.
 
     Code versus paper:
-        As the code. It sums over stages, with weight 5 for ResNet32x4 to 8x4 (0.6 to 8 elsewhere) and a warm-up over 20 epochs.
-        The teacher is detached.
+        As the code, which looks at the height alone: over a narrower map the cells of a pool overlap. It sums over stages, with
+        weight 5 for ResNet32x4 to 8x4 (0.6 to 8 elsewhere) and a warm-up over 20 epochs. The teacher is detached.
 
     Example:
         >>> student, teacher = jnp.zeros((1, 2, 2, 1)), jnp.array([1.0, -1.0, 1.0, -1.0]).reshape(1, 2, 2, 1)
@@ -171,7 +172,7 @@ def hierarchical_context(
     axes = (-3, -2, -1)
     total, weight, sum_of_weights = jnp.mean(jnp.square(difference), axis=axes), 1.0, 1.0
     for level in levels:
-        if level < min(difference.shape[-3:-1]):
+        if level < difference.shape[-3]:
             weight /= 2
             total += weight * jnp.mean(jnp.square(adaptive_average_pool(difference, level, level)), axis=axes)
             sum_of_weights += weight
@@ -253,6 +254,7 @@ def masked_generative(
     """
     features = {"generated_features": generated_features, "teacher_features": teacher_features}
     check_rank(2, "[batch, ..., channels]", **features)
+    check_nonempty(-1, "channels", **features)
     check_channels(**features)
     check_same_shape(**features)
     generated, teacher = promote(*features.values())

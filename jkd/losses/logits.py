@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jkd.losses._common import check_classes, kl, log_softmax, promote, softplus
+from jkd.losses._common import check_classes, kl, log_softmax, promote, softplus, squared
 from jkd.losses._typing import Array, Float, Number, PerPosition, Real, Scalar
 
 
@@ -40,7 +40,8 @@ def alpha_beta(
 
     Code versus paper:
         The code's limits carry 1/a and 1/b where the limit of the formula has 1/a² and 1/b²: they agree at 1 only. Here the
-        value is continuous in a and b.
+        value is continuous in a and b. The code for images has T without T²: ``coef = 1 / T²``; the one
+        for language models has no temperature.
 
     Example:
         >>> print(f"{alpha_beta(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.8, 0.2])), alpha=1.0, beta=1.0):.4f}")
@@ -64,7 +65,7 @@ def alpha_beta(
     else:
         mixed = jnp.exp(a * log_p + b * log_q) / (a * b)
         terms = jnp.exp((a + b) * log_p) / (b * (a + b)) + jnp.exp((a + b) * log_q) / (a * (a + b)) - mixed
-    return jnp.sum(jnp.where(kept, terms, 0), axis=-1) * (temperature * temperature)
+    return jnp.sum(jnp.where(kept, terms, 0), axis=-1) * squared(temperature)
 
 
 def adaptive_kl(
@@ -88,6 +89,9 @@ def adaptive_kl(
         [AKL] Wu et al., "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models", COLING
         2025, arXiv:2404.02657, the head and tail gaps and the weights made of them.
 
+    Code versus paper:
+        The code has no temperature (T = 1). It gives the student's -inf classes the logit 0 in the gaps; here they have q = 0.
+
     Example:
         >>> print(f"{adaptive_kl(jnp.zeros(3), jnp.log(jnp.array([0.5, 0.25, 0.25]))):.4f}")
         0.0578
@@ -106,7 +110,7 @@ def adaptive_kl(
     g_tail = jnp.sum(jnp.where(head, 0, gap), axis=-1)
     total = g_head + g_tail
     share = jnp.where(total > 0, g_head / jnp.where(total > 0, total, 1), 0.5)  # p = q: both divergences are 0
-    return (share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p)) * (temperature * temperature)
+    return (share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p)) * squared(temperature)
 
 
 def logit_mse(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jkd.losses._common import masked_mean, normalize, promote
+from jkd.losses._common import masked_mean, normalize, promote, squared, tempered
 from jkd.losses._maps import SPACE, adaptive_average_pool, check_channels, check_maps, einsum, keep_positions, map_pair, match
 from jkd.losses._typing import Array, Bool, Float, Number, Real
 
@@ -184,11 +184,11 @@ def channel_wise(
         # A softmax over nothing is undefined: an example without a position keeps its (zeroed) map, and gives 0.
         some = kept | ~jnp.any(kept, axis=SPACE, keepdims=True)
         student, teacher = (jnp.where(some, x, -jnp.inf) for x in (student, teacher))
-    log_q, log_p = (jax.nn.log_softmax(x / temperature, axis=SPACE) for x in (student, teacher))
+    log_q, log_p = (jax.nn.log_softmax(tempered(x, temperature), axis=SPACE) for x in (student, teacher))
     if kept is not None:
         log_q, log_p = (jnp.where(kept, x, 0) for x in (log_q, log_p))
     terms = jnp.exp(log_p) * (log_p - log_q)
-    return jnp.mean(jnp.sum(terms, axis=SPACE), axis=-1) * (temperature * temperature)
+    return jnp.mean(jnp.sum(terms, axis=SPACE), axis=-1) * squared(temperature)
 
 
 def class_attention(
@@ -242,7 +242,8 @@ def fsp(
         teacher_features_next: its other end.
 
     Returns:
-        ``[...]``, one value for each example.
+        ``[...]``, one value for each example. Memory: the two matrices of channels x next channels, many times the inputs where
+        maps have fewer positions than channels.
 
     Source:
         [FSP] Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer Learning",

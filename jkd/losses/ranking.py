@@ -12,18 +12,19 @@ import numpy as np
 from jkd.losses._common import (
     check_classes,
     check_labels,
+    check_nonempty,
     check_numeric,
     check_rank,
     check_same_shape,
     check_where,
     describe,
     is_label,
-    kl,
     kl_of_logits,
     log_softmax,
     masked_logsumexp,
     promote,
     softplus,
+    tempered,
 )
 from jkd.losses._typing import Array, Bool, Float, Int, PerPosition, Real, Scalar
 
@@ -144,22 +145,17 @@ def listwise_kl(
     names = {"student": "student_scores", "teacher": "teacher_scores"}
     check_classes(student_scores, teacher_scores, axis="candidates", **names)
     student, teacher = promote(student_scores, teacher_scores)
-    student, teacher = student / temperature, teacher / (temperature if teacher_temperature is None else teacher_temperature)
-    if where is None:
-        return kl_of_logits(teacher, student)
-    check_where(where, np.shape(student_scores), meaning="[..., candidates]")
-    keep = jnp.asarray(where) != 0
-
-    def log_probabilities(scores):
-        total = masked_logsumexp(scores, keep)[..., None]
-        some = total > -jnp.inf
-        return jnp.where(keep & some, scores - jnp.where(some, total, 0), -jnp.inf)
-
-    return kl(log_probabilities(teacher), log_probabilities(student))
+    if where is not None:
+        check_where(where, np.shape(student_scores), meaning="[..., candidates]")
+        student, teacher = (jnp.where(jnp.asarray(where) != 0, scores, -jnp.inf) for scores in (student, teacher))
+    student = tempered(student, temperature)
+    teacher = tempered(teacher, temperature if teacher_temperature is None else teacher_temperature)
+    return kl_of_logits(teacher, student)
 
 
 def _checked_positives(student_scores, positives):
     check_rank(1, "[..., labels]", student_scores=student_scores)
+    check_nonempty(-1, "labels", student_scores=student_scores)
     check_where(positives, np.shape(student_scores), name="positives", meaning="[..., labels]")
     (scores,) = promote(student_scores)
     keep = (jnp.asarray(positives) != 0) & (scores > -jnp.inf)
@@ -195,7 +191,7 @@ def decoupled_softmax(
         1.0986
     """
     scores, keep, count = _checked_positives(student_scores, positives)
-    scores = scores / temperature
+    scores = tempered(scores, temperature)
     negatives = masked_logsumexp(scores, ~keep)[..., None]
     some = negatives > -jnp.inf
     terms = jnp.where(keep & some, softplus(jnp.where(some, negatives, 0) - scores), 0)
@@ -207,7 +203,9 @@ def _threshold(scores: jax.Array, k: float) -> jax.Array:
     real = scores > -jnp.inf
     others = jnp.maximum(jnp.sum(real, axis=-1).astype(scores.dtype) - k, 1e-3)  # no t selects k of k: the bounds stay finite
     equal = jnp.log(k / others)
-    bounds = equal - jnp.max(scores, axis=-1), equal - jnp.min(jnp.where(real, scores, jnp.inf), axis=-1)
+    some = jnp.any(real, axis=-1)  # in a row of -inf only any t will do
+    largest, smallest = jnp.max(scores, axis=-1), jnp.min(jnp.where(real, scores, jnp.inf), axis=-1)
+    bounds = equal - jnp.where(some, largest, 0), equal - jnp.where(some, smallest, 0)
 
     def halve(_, bounds):
         low, high = bounds
@@ -253,7 +251,7 @@ def soft_top_k(
         raise ValueError(
             f"k must lie between 0 and the number of labels, got {k} for student_scores {describe(student_scores)}"
         )
-    scores = scores * (alpha / temperature)
+    scores = tempered(scores, temperature / alpha)
     fixed = jax.lax.stop_gradient(scores)
     t = _threshold(fixed, float(k))[..., None]
     # A step of Newton's method from the solution: it moves nothing, and its gradient is that of the constraint.

@@ -1,7 +1,8 @@
 """Losses against a teacher of which only some classes were kept, or whose vocabulary is another one.
 
-``teacher_ids`` ``[..., k]`` are class indices and ``teacher_log_probs`` ``[..., k]`` the teacher's log-probabilities of them (at
-its own temperature 1). An entry of -inf (or of weight 0) is padding, whatever its id.
+``teacher_ids`` ``[..., k]`` are class indices and ``teacher_log_probs`` ``[..., k]`` the teacher's log-probabilities of them: at
+temperature 1 for top-k losses, which divide them by T, and at T for `sampled_forward_kl`. An entry of -inf (or of weight 0) is
+padding, whatever its id.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from jkd.losses._common import (
     check_rank,
     check_same_shape,
     describe,
+    indices,
     kl,
     log_softmax,
     log_softmax_of,
     masked_logsumexp,
     promote,
+    squared,
     tempered,
 )
 from jkd.losses._typing import Array, Float, Int, PerPosition, Real
@@ -43,13 +46,17 @@ def _check_ids(student_logits, teacher_ids, **others):
     check_same_shape(teacher_ids=teacher_ids, **others)
 
 
-def _topk(student_logits, teacher_ids, teacher_log_probs, teacher_leftover, tail, temperature):
-    """Log-probabilities of student and teacher on the kept classes, and for ``ghost`` on the rest as one more class."""
+def _topk(student_logits, teacher_ids, teacher_log_probs, teacher_leftover, tail, temperature, *, least=0.0):
+    """Log-probabilities of student and teacher on the kept classes, and for ``ghost`` on the rest as one more class.
+
+    ``least`` stands for a leftover that is not above 0 where the student has classes outside.
+    """
     _check_ids(student_logits, teacher_ids, teacher_log_probs=teacher_log_probs)
     if tail not in ("zero", "renormalise", "ghost"):
         raise ValueError(f"tail must be 'zero', 'renormalise' or 'ghost', got {tail!r}")
     student, log_p = promote(student_logits, teacher_log_probs)
     student, log_p = tempered(student, temperature), tempered(log_p, temperature)
+    teacher_ids = indices(teacher_ids)
     real = log_p > -jnp.inf
     chosen = jnp.take_along_axis(student, teacher_ids, axis=-1, mode="clip")
     if tail == "ghost":
@@ -60,15 +67,16 @@ def _topk(student_logits, teacher_ids, teacher_log_probs, teacher_leftover, tail
                 f"teacher_leftover must have the shape of student_logits {describe(student_logits)} without its last axis, "
                 f"got {describe(teacher_leftover)}"
             )
-        leftover = jnp.asarray(teacher_leftover, log_p.dtype)[..., None]
-        some = leftover > 0
-        ghost = tempered(jnp.where(some, jnp.log(jnp.where(some, leftover, 1)), -jnp.inf), temperature)
         # The student's own rest is summed over the classes that were not kept: 1 - sum of the kept would cancel.
         vocab = student.shape[-1]
         outside = jnp.put_along_axis(
             jnp.ones(student.shape, bool), jnp.where(real, teacher_ids, vocab), False, axis=-1, inplace=False, mode="drop"
         )
         rest = masked_logsumexp(student, outside)[..., None]
+        leftover = jnp.asarray(teacher_leftover, log_p.dtype)[..., None]
+        leftover = jnp.where((leftover <= 0) & (rest > -jnp.inf), least, leftover)
+        some = leftover > 0
+        ghost = tempered(jnp.where(some, jnp.log(jnp.where(some, leftover, 1)), -jnp.inf), temperature)
         log_p = jnp.concatenate([log_p, ghost], axis=-1)
         log_q = log_softmax(jnp.concatenate([jnp.where(real, chosen, -jnp.inf), rest], axis=-1))
     elif tail == "renormalise":
@@ -110,7 +118,7 @@ def topk_forward_kl(
         arXiv:2503.16870.
 
     Code versus paper:
-        DistillKit clamps both rests to [1e-8, 1 - 1e-8]; here they are exact.
+        DistillKit clamps both rests to [1e-8, 1 - 1e-8]; here they are exact, and a leftover of 0 has no part in the sum.
 
     Example:
         >>> log_p = jnp.log(jnp.array([0.5, 0.3]))
@@ -118,7 +126,7 @@ def topk_forward_kl(
         0.2180
     """
     log_q, log_p = _topk(student_logits, teacher_ids, teacher_log_probs, teacher_leftover, tail, temperature)
-    return kl(log_p, log_q) * (temperature * temperature)
+    return kl(log_p, log_q) * squared(temperature)
 
 
 def topk_reverse_kl(
@@ -136,7 +144,9 @@ def topk_reverse_kl(
         student_logits: ``[..., vocab]``.
         teacher_ids: int ``[..., k]``, without repeats.
         teacher_log_probs: ``[..., k]``.
-        teacher_leftover: ``[...]``, as in `topk_forward_kl`. Where it is 0 the rest is left out.
+        teacher_leftover: ``[...]``, as in `topk_forward_kl`. Where it is not above 0 (a float32 sum of the kept may reach 1) it
+            counts as 1e-8, DistillKit's least: leaving the rest out would reward a student for moving its mass there. Where all
+            classes are kept there is no rest.
         tail: ``"ghost"`` or ``"renormalise"``, as in `topk_forward_kl`. ``"zero"`` is refused: the student's mass outside would
             cost infinitely much, and leaving it out rewards a student for moving all its mass there.
         temperature: as in `topk_forward_kl`.
@@ -154,8 +164,8 @@ def topk_reverse_kl(
     """
     if tail == "zero":
         raise ValueError("tail='zero' makes the reverse KL infinite; use 'ghost' or 'renormalise'")
-    log_q, log_p = _topk(student_logits, teacher_ids, teacher_log_probs, teacher_leftover, tail, temperature)
-    return kl(log_q, log_p) * (temperature * temperature)
+    log_q, log_p = _topk(student_logits, teacher_ids, teacher_log_probs, teacher_leftover, tail, temperature, least=1e-8)
+    return kl(log_q, log_p) * squared(temperature)
 
 
 def sampled_forward_kl(
@@ -170,12 +180,14 @@ def sampled_forward_kl(
 
     Args:
         student_logits: ``[..., vocab]``.
-        teacher_ids: int ``[..., k]``, drawn with replacement from p at temperature T (repeats allowed, or merged).
-        teacher_weights: ``[..., k]``. N draws from p: how often each was drawn / N. Draws from another distribution r: the
-            same times p / r, and not normalised to sum 1 (that would bias it). 0 is padding.
-        teacher_log_probs: ``[..., k]``, log p of the ids; None leaves the teacher's part out, which is then
+        teacher_ids: int ``[..., k]``, drawn with replacement from p = softmax(z / T) (repeats allowed, or merged).
+        teacher_weights: ``[..., k]``. N draws from p: how often each was drawn / N. Draws from another distribution r, such as
+            the teacher's own at temperature 1: the same times p / r with p at T, and not normalised to sum 1 (that would bias
+            it). 0 is padding.
+        teacher_log_probs: ``[..., k]``, log p of the ids at the same T: those at temperature 1 bias the value, and T cannot be
+            changed afterwards, for its normaliser needs all classes. None leaves the teacher's part out, which is then
             `soft_cross_entropy`, with the same gradient.
-        temperature: T.
+        temperature: T, of p and of the student's q.
 
     Returns:
         ``[...]`` in nats; a single estimate may be negative.
@@ -199,7 +211,7 @@ def sampled_forward_kl(
     terms = -jnp.where(used, log_q, 0)
     if teacher_log_probs is not None:
         terms += jnp.where(used, jnp.asarray(teacher_log_probs, log_q.dtype), 0)
-    return jnp.sum(jnp.where(used, weights, 0) * terms, axis=-1) * (temperature * temperature)
+    return jnp.sum(jnp.where(used, weights, 0) * terms, axis=-1) * squared(temperature)
 
 
 def uld(

@@ -112,6 +112,12 @@ def _check_teachers(teacher_logits, weights) -> None:
         raise ValueError(f"weights must be [teachers] for teacher_logits {describe(teacher_logits)}, got {describe(weights)}")
 
 
+def _weighted(weight, logits):
+    """``weight * logits``; a class at -inf stays there, and is nothing at weight 0 (not 0 * -inf = nan)."""
+    kept = logits != -jnp.inf
+    return jnp.where(kept, weight * jnp.where(kept, logits, 0), jnp.where(weight == 0, 0, -jnp.inf))
+
+
 def mean_probabilities(
     teacher_logits: Real[Array, "teachers *batch classes"],
     *,
@@ -146,7 +152,8 @@ def mean_probabilities(
     top = jnp.where(top > -jnp.inf, top, 0)
     total = jnp.sum(shares * jnp.exp(log_p - top), axis=0)
     some = total > 0
-    return temperature * jnp.where(some, jnp.log(jnp.where(some, total, 1)) + top[0], -jnp.inf)
+    # T inside: -inf times the gradient 0 of a class that no teacher has would be nan.
+    return jnp.where(some, temperature * (jnp.log(jnp.where(some, total, 1)) + top[0]), -jnp.inf)
 
 
 def mean_logits(
@@ -173,7 +180,8 @@ def mean_logits(
     if weights is None:
         return jnp.mean(logits, axis=0)
     shares = jnp.asarray(weights, logits.dtype)
-    return einsum("k,k...c->...c", shares / jnp.sum(shares), logits)
+    shares = (shares / jnp.sum(shares)).reshape((-1,) + (1,) * (logits.ndim - 1))
+    return jnp.sum(_weighted(shares, logits), axis=0)
 
 
 def noise(
@@ -229,7 +237,7 @@ def interpolate(
     check_classes(student_logits, teacher_logits)
     student, teacher = promote(jax.lax.stop_gradient(student_logits), teacher_logits)
     share = per_class(t)
-    return (1 - share) * student + share * teacher
+    return _weighted(1 - share, student) + _weighted(share, teacher)
 
 
 def prototype(

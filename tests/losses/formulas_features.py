@@ -80,7 +80,7 @@ def hierarchical_context(student, teacher):
     student, teacher = same_size(student, teacher)
     values, weights = [((student - teacher) ** 2).mean()], [1.0]
     for level in (4, 2, 1):
-        if level < min(student.shape[:2]):
+        if level < student.shape[0]:
             values.append(((pool(student, level, level) - pool(teacher, level, level)) ** 2).mean())
             weights.append(weights[-1] / 2)
     return np.dot(values, weights) / sum(weights)

@@ -34,6 +34,15 @@ def test_each_axis_takes_the_smaller_size():
     np.testing.assert_allclose(losses.mse(wide, tall), expected, rtol=1e-6)
 
 
+def test_context_has_the_levels_below_the_height():
+    """Also over a narrower map, as in the authors' code: 3 x 2 is pooled to 2 x 2 and to 1 x 1."""
+    rows = np.array([[1.0, 2.0], [3.0, 5.0], [0.0, -4.0]], np.float32)
+    pooled = np.stack([(rows[0] + rows[1]) / 2, (rows[1] + rows[2]) / 2])
+    expected = (np.mean(rows**2) + np.mean(pooled**2) / 2 + np.mean(rows) ** 2 / 4) / 1.75
+    value = losses.hierarchical_context(rows[..., None], np.zeros((3, 2, 1), np.float32))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
 # --- memory -------------------------------------------------------------------------------------------------------------
 
 
@@ -164,15 +173,25 @@ def test_padding_changes_no_example(name):
             return x[:length]
         return x[:, :length] if name == "value_relation_kl" else x[:, :length, :length]
 
+    def spoil(x):
+        """What padded tokens hold does not matter."""
+        if name == "self_relation_kl":
+            return jnp.where(mask[..., None], x, jnp.nan)
+        real = mask[:, None, :, None]
+        return jnp.where(real if name == "value_relation_kl" else real & mask[:, None, None, :], x, jnp.nan)
+
     @jax.jit
-    def run(student):
+    def run(student, teacher):
         def total(student):
             value = function(student, teacher, mask=mask, **more)
             return jnp.sum(value), value
 
         return jax.value_and_grad(total, has_aux=True)(student)
 
-    (_, value), gradient = run(student)
+    (_, value), gradient = run(student, teacher)
+    (_, spoiled), spoiled_gradient = run(spoil(student), spoil(teacher))
+    np.testing.assert_allclose(spoiled, value, rtol=1e-6)
+    np.testing.assert_allclose(spoiled_gradient, gradient, rtol=1e-5, atol=1e-7)
     for i, length in enumerate(lengths[:2]):
         np.testing.assert_allclose(value[i], function(cut(student[i], length), cut(teacher[i], length), **more), rtol=1e-5)
     assert value[2] == 0
@@ -232,3 +251,14 @@ def test_first_batch_sets_the_scale_once_and_passes_no_gradient():
     slope = grad(lambda s, m: jnp.sum(losses.crd(s, teacher, index, negatives, m)[0]))
     gradients = [slope(student, m) for m in (memory, fixed)]
     np.testing.assert_allclose(gradients[0], gradients[1], rtol=1e-5)
+
+
+def test_memory_has_more_rows_than_the_index_has_numbers():
+    """Rows in uint8, a memory of 300: what is dropped writes no row, and negatives beyond 255 are read."""
+    student, teacher, _, _, memory = crd_inputs(size=300)
+    index, negatives = np.array([0, 255, 3, 7], np.uint8), np.full((4, 2), 299, np.int32)
+    where = jnp.array([True, True, False, True])
+    value, after = losses.crd(student, teacher, index, negatives, memory, where=where)
+    expected, expected_after = losses.crd(student, teacher, index.astype(np.int32), negatives, memory, where=where)
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_array_equal(after["student"], expected_after["student"])

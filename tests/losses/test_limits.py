@@ -153,6 +153,13 @@ def test_a_learned_temperature_has_its_slope_beside_masked_classes(name, classes
     equal(*slopes(long, short))
 
 
+def test_tinyberts_soft_loss():
+    """Its code: ``(- softmax(t / T) * log_softmax(s / T)).mean()``, over batch and classes."""
+    student, teacher = np.random.default_rng(6).normal(size=(2, 4, 5))
+    q, p = (np.exp(z / 2) / np.exp(z / 2).sum(-1, keepdims=True) for z in (student, teacher))
+    equal(losses.soft_cross_entropy(student, teacher, temperature=2.0).mean() / (5 * 2**2), np.mean(-p * np.log(q)))
+
+
 @pytest.mark.parametrize("classes", [8, 100])
 def test_a_class_that_one_side_masks_contributes_nothing(classes):
     """Over few and over many classes: what is written from log-probabilities, with the class's term left out."""
@@ -292,34 +299,56 @@ def test_zero_policy_makes_the_student_more_certain(pair):
     np.testing.assert_allclose(gradient, np.zeros((6, 10)), atol=1e-12)
 
 
+def test_a_leftover_that_rounding_took_costs_the_student_outside(pair):
+    """A float32 1 - sum(p) of 0 or less counts as 1e-8 in the reverse KL, which else falls as the student's mass moves outside."""
+    ids, log_p, _ = kept(10 * pair[1], 3)
+    rest = jnp.array([0.0, -6e-8, 0.0, -1e-7, -0.0, -6e-8])
+
+    @jax.jit
+    def run(student, leftover):
+        return jax.value_and_grad(lambda s: losses.topk_reverse_kl(s, ids, log_p, leftover).sum())(student)
+
+    value, gradient = run(pair[0], rest)
+    expected, expected_gradient = run(pair[0], jnp.full(6, 1e-8))
+    equal(value, expected)
+    equal(gradient, expected_gradient)
+    outside = pair[0].at[jnp.arange(6)[:, None], ids].set(-30.0)
+    assert jnp.all(losses.topk_reverse_kl(outside, ids, log_p, rest) > 18)  # log 1e8 = 18.4
+
+
 def test_ghost_needs_the_leftover(pair):
     ids, log_p, _ = kept(pair[1], 3)
     with pytest.raises(ValueError, match="teacher_leftover .* is needed by tail='ghost'"):
         losses.topk_forward_kl(pair[0], ids, log_p)
 
 
-def test_sampled_kl_is_unbiased(pair):
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_sampled_kl_is_unbiased(pair, temperature):
     """Over every possible draw of two classes, weighted by its probability, the estimates and their gradients average to the KL."""
     student, teacher = pair[0][0], pair[1][0]
-    p, log_p = jax.nn.softmax(teacher), jax.nn.log_softmax(teacher)
+    p, log_p = jax.nn.softmax(teacher / temperature), jax.nn.log_softmax(teacher / temperature)
     draws = jnp.stack(jnp.meshgrid(jnp.arange(10), jnp.arange(10), indexing="ij"), -1).reshape(-1, 2)
     chance = p[draws].prod(-1)
 
     def expectation(student):
-        one = lambda ids: losses.sampled_forward_kl(student, ids, jnp.full(2, 0.5), log_p[ids])  # noqa: E731
+        weights = jnp.full(2, 0.5)
+        one = lambda ids: losses.sampled_forward_kl(student, ids, weights, log_p[ids], temperature=temperature)  # noqa: E731
         return jnp.sum(chance * jax.vmap(one)(draws))
 
     value, gradient = value_and_grad(expectation)(student)
-    expected, expected_gradient = value_and_grad(lambda s: losses.forward_kl(s, teacher))(student)
+    expected, expected_gradient = value_and_grad(lambda s: losses.forward_kl(s, teacher, temperature=temperature))(student)
     equal(value, expected)
     equal(gradient, expected_gradient)
 
 
-def test_sampled_kl_with_another_proposal_is_unbiased(pair):
+@pytest.mark.parametrize(("temperature", "of_proposal"), [(1.0, 2.0), (2.0, 1.0)])
+def test_sampled_kl_with_another_proposal_is_unbiased(pair, temperature, of_proposal):
     student, teacher = pair[0][0], pair[1][0]
-    p, proposal = jax.nn.softmax(teacher), jax.nn.softmax(teacher / 2)
-    one = lambda i: losses.sampled_forward_kl(student, i[None], (p / proposal)[i][None])  # noqa: E731
-    equal(jnp.sum(proposal * jax.vmap(one)(jnp.arange(10))), losses.soft_cross_entropy(student, teacher))
+    p, proposal = jax.nn.softmax(teacher / temperature), jax.nn.softmax(teacher / of_proposal)
+    ratio = p / proposal
+    one = lambda i: losses.sampled_forward_kl(student, i[None], ratio[i][None], temperature=temperature)  # noqa: E731
+    expected = losses.soft_cross_entropy(student, teacher, temperature=temperature)
+    equal(jnp.sum(proposal * jax.vmap(one)(jnp.arange(10))), expected)
 
 
 def test_standardised_kl_ignores_scale_and_shift(pair):

@@ -156,6 +156,30 @@ def test_interpolate_moves_from_student_to_teacher_and_has_no_gradient_for_the_s
     assert np.all(np.diff(np.stack(steps), axis=0) >= -1e-6)
 
 
+def test_weights_of_zero_beside_masked_classes():
+    """t = 1 ends at the teacher and t = 0 at the student, whatever the other masks; so with a teacher of weight 0."""
+    student, teacher = jnp.array([0.0, -jnp.inf, 1.0]), jnp.array([1.0, 2.0, -jnp.inf])
+    between = targets.interpolate(student, teacher, t=0.5)
+    np.testing.assert_array_equal(between, [0.5, -np.inf, -np.inf])
+
+    @jax.jit
+    def run(t):
+        def total(teacher, t):
+            mixed = targets.interpolate(student, teacher, t=t)
+            return jnp.sum(jnp.where(mixed > -jnp.inf, mixed, 0)), mixed
+
+        gradients, mixed = jax.grad(total, argnums=(0, 1), has_aux=True)(teacher, t)
+        return gradients, mixed, targets.mean_logits(jnp.stack([student, teacher]), weights=jnp.stack([1 - t, t]))
+
+    # The slope of t is the sum of teacher less student over the classes that stay, a side at -inf counting as 0.
+    for t, expected, kept, of_t in ((0.0, student, [0.0, 0.0, 0.0], 1 - 1), (1.0, teacher, [1.0, 1.0, 0.0], 1 + 2)):
+        (slope, slope_of_t), mixed, mean = run(t)
+        np.testing.assert_array_equal(mixed, expected)
+        np.testing.assert_array_equal(mean, expected)
+        np.testing.assert_array_equal(slope, kept)
+        assert slope_of_t == of_t
+
+
 def test_prototype():
     features, means = logits((2, 3), 4), logits((5,), 4, seed=2)
     cosines = features @ means.T / np.linalg.norm(features, axis=-1)[..., None] / np.linalg.norm(means, axis=-1)
