@@ -152,8 +152,12 @@ def tempered(logits: Any, temperature: PerPosition) -> Any:
 
 def log_softmax(logits: Real[Array, "*batch classes"], temperature: PerPosition = 1.0) -> Float[Array, "*batch classes"]:
     """Log-probabilities of ``logits / temperature``; classes at -inf stay at -inf and receive no gradient."""
-    shifted, _, total = shifted_exp(tempered(logits, temperature))
-    return shifted - jnp.log(total)
+    scores = tempered(logits, temperature)
+    limits = jnp.finfo(scores.dtype)
+    # The guards of a row of -inf only, in the form that XLA fuses as well as the bare formula: where some class is real, the
+    # largest is above the lowest float and the sum is at least 1.
+    shifted = scores - jnp.maximum(jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)), limits.min)
+    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True) + limits.tiny)
 
 
 def softmax(logits: Real[Array, "*batch classes"], temperature: PerPosition = 1.0) -> Float[Array, "*batch classes"]:
