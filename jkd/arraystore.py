@@ -7,10 +7,12 @@ works for one process.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
 import tempfile
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -38,7 +40,7 @@ class ArrayStore:
             OSError: the directory cannot be made.
         """
         # orbax refuses arrays without elements; `restore` makes them from their shape
-        arrays = {name: _plain(leaf) for name, leaf in _named(tree).items() if leaf.size}
+        arrays = {name: _plain(leaf) for name, leaf in named(tree).items() if leaf.size}
         if not direct(place):
             self._on_the_way = tempfile.TemporaryDirectory(prefix="jkd-"), place
             place = epath.Path(self._on_the_way[0].name) / "arrays"
@@ -66,18 +68,21 @@ class ArrayStore:
                 self._on_the_way[0].cleanup()
                 self._on_the_way = None
 
-    def restore(self, place: epath.Path, like: Tree) -> Tree:
+    def restore(self, place: epath.Path, like: Tree, *, padded: Collection[str] = ()) -> Tree:
         """The arrays at ``place`` as the tree ``like`` (arrays, or shapes with shardings), each in its place.
 
-        `describe` must give the same for both trees.
+        `describe` must give the same for both trees, but for what is ``padded``: paths of leaves that are filled up with zeros, or
+        cut, to the size that ``like`` has.
 
         Raises:
             InputError: a leaf of ``like`` has no sharding.
         """
-        leaves = _named(like)
+        leaves = named(like)
         shapes = {name: _plain_shape(name, leaf) for name, leaf in leaves.items()}
         saved = {name: shape for name, shape in shapes.items() if math.prod(shape.shape)}
-        args = ocp.args.PyTreeRestore(item=saved, restore_args=ocp.checkpoint_utils.construct_restore_args(saved))
+        how = ocp.checkpoint_utils.construct_restore_args(saved)
+        how |= {name: dataclasses.replace(how[name], strict=False) for name in padded if name in how}
+        args = ocp.args.PyTreeRestore(item=saved, restore_args=how)
         with contextlib.ExitStack() as stack:
             if not direct(place):
                 folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jkd-")))
@@ -97,7 +102,7 @@ class ArrayStore:
 
 def describe(tree: Tree) -> dict[str, str]:
     """``{path: "float32[8, 16]"}`` of every leaf, in order; keys say which generator they are for (``key<fry>[]``)."""
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree).items()}
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named(tree).items()}
 
 
 def direct(place: epath.Path) -> bool:
@@ -125,7 +130,7 @@ def _checkpointer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False))
 
 
-def _named(tree: Tree) -> dict[str, Any]:
+def named(tree: Tree) -> dict[str, Any]:
     """``{path: leaf}`` in the order of the tree's leaves; any pytree."""
     named: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:

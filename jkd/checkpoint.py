@@ -14,7 +14,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -22,9 +22,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jkd import manifest, peers
-from jkd.arraystore import ArrayStore, describe, direct
+from jkd.arraystore import ArrayStore, describe, direct, named
 from jkd.errors import InputError, MissingExtra, nearest
 from jkd.jsonable import decode, encode
+from jkd.recipe import Bank
 
 if TYPE_CHECKING:
     from jkd.state import State
@@ -291,8 +292,9 @@ class Checkpoints:
         return peers.first_word(manifest.problem(place, host=self._host, hosts_now=self._hosts))
 
     def _read(self, step: int, place: epath.Path, like: State) -> tuple[State, dict]:
-        _check_same(step, json.loads((place / "leaves.json").read_text()), describe(like))
-        state = self._arrays.restore(place / "arrays", like)
+        banks = _banks(like)
+        _check_same(step, json.loads((place / "leaves.json").read_text()), describe(like), banks)
+        state = self._arrays.restore(place / "arrays", like, padded=banks)
         hosts = manifest.hosts(place)
         meta = decode((place / f"meta-{self._host if self._host < hosts else 0}.json").read_text())
         return state, meta
@@ -316,9 +318,24 @@ def _directory(path: str | os.PathLike) -> epath.Path:
     return directory
 
 
-def _check_same(step: int, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+def _banks(like: State) -> list[str]:
+    """The leaves that have a row for each example, and as many more as the mesh wants."""
+    marks = jax.tree.map(lambda node: Bank(True) if _is_bank(node) else False, like, is_leaf=_is_bank)  # type: ignore[arg-type]
+    return [name for name, mark in named(marks).items() if mark]
+
+
+def _is_bank(node: object) -> bool:
+    return isinstance(node, Bank)
+
+
+def _check_same(step: int, saved: Mapping[str, str], wanted: Mapping[str, str], banks: Sequence[str]) -> None:
     names = list(dict.fromkeys((*wanted, *saved)))
-    differ = [name for name in names if saved.get(name) != wanted.get(name)]
+
+    def kind(name: str, leaves: Mapping[str, str]) -> str | None:
+        text = leaves.get(name)
+        return text if text is None or name not in banks else re.sub(r"\[\d+", "[rows", text)
+
+    differ = [name for name in names if kind(name, saved) != kind(name, wanted)]
     if differ:
         first = differ[0]
         there, here = saved.get(first, "not there"), wanted.get(first, "not there")

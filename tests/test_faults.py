@@ -28,12 +28,12 @@ def config(**more) -> jkd.Experiment:
 
 
 def visits(steps: int) -> np.ndarray:
-    """How often each example is drawn in so many steps."""
+    """In how many of so many steps each example is drawn; where an epoch ends in a batch, it may be there twice."""
     run = config().nodes["student"]
     rows = run.data.batches(run.batch_size, seed=run.seed)
-    drawn = np.concatenate([next(rows)["index"] for _ in range(steps)])
+    drawn = sum(np.bincount(next(rows)["index"], minlength=run.data.train_size) > 0 for _ in range(steps))
     rows.close()
-    return np.bincount(drawn, minlength=run.data.train_size)
+    return drawn
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_a_pod_that_is_killed_told_to_stop_and_started_with_other_devices_loses_
     said = launch.end(pair[0], within=30)
     # at a collective it is told at once; at the barrier that ends a save jax itself ends the process, once it misses the other
     assert pair[0].returncode in (1, -signal.SIGABRT), said
-    assert re.search(r"^jkd: failed: \S|another task died", said, re.M), said
+    assert re.search(r"^jkd: failed: \S|another task died|[Tt]erminating process because", said, re.M), said
     assert launch.finished(workdir)[-1] >= reached
 
     # started again; the second, not the first, is told to stop
