@@ -43,6 +43,7 @@ def test_a_pod_that_is_killed_told_to_stop_and_started_with_other_devices_loses_
     pair = launch.start_pair(workdir, devices=2, pause=0.003)
     reached = launch.wait(lambda: launch.finished(workdir), *pair)[-1]
     pair[1].kill()
+    pair[1].wait()
     said = launch.end(pair[0], within=30)
     # at a collective it is told at once; at the barrier that ends a save jax itself ends the process, once it misses the other
     assert pair[0].returncode in (1, -signal.SIGABRT), said
