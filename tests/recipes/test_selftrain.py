@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import claims
@@ -160,6 +161,32 @@ def test_a_stream_or_view_that_is_not_there_is_told(message):
 def test_flexmatch_without_a_stream_says_what_to_give():
     with pytest.raises(InputError, match="FlexMatch.examples = None"):
         small.Terms(FlexMatch(), echoed(), **ALONE)
+
+
+def test_flexmatch_lets_pass_more_of_a_class_that_is_hard():
+    """Of class 1 the student is never as sure as of class 0, so its examples are seldom chosen: its threshold comes down."""
+    count = 24
+    label = np.arange(count) % 2
+    sure = np.where(label == 0, 0.99, 0.85)
+    p = np.full((count, CLASSES), 1e-3)
+    p[np.arange(count), label], p[:, 2] = sure, 1 - sure
+    rows = echoed(unlabelled=count)
+    rows["unlabelled"] |= {"student_logits": np.log(p / p.sum(-1, keepdims=True)).astype(np.float32), "weight": np.ones(count)}
+
+    def passed(recipe, counts=None):
+        found = small.Terms(recipe, rows, **ALONE)
+        memory = found.state.memory if counts is None else {**found.state.memory, "counts": jnp.array(counts)}
+        state = dataclasses.replace(found.state, memory=memory)
+        values = jax.jit(lambda state: small.evaluate(found.ctx, state, found.frozen, rows)["pseudo"][0])(state)
+        chosen = np.asarray(values) > 0
+        return chosen[label == 0].mean(), chosen[label == 1].mean()
+
+    assert passed(FixMatch()) == (1, 0)
+    assert passed(FlexMatch(examples=200), [150, 50, 0, 0, 0, 0]) == (1, 1)
+    assert passed(FlexMatch(examples=200), [100, 100, 0, 0, 0, 0]) == (
+        1,
+        0,
+    )  # a class that is learned as well as any is held as high
 
 
 # --- few labels --------------------------------------------------------------------------------------------------------------

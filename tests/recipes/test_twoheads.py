@@ -18,7 +18,7 @@ from jkd.errors import InputError
 from jkd.networks import models_of
 from jkd.recipes import DHKD, DHO, KD
 from jkd.resolve import make_context
-from jkd.step import make_eval_step
+from jkd.step import make_eval_step, make_term_gradients
 
 POOL = dict(student_taps=("pool",))
 BOTH = dict(student=small.student(), teacher=small.teacher())
@@ -108,6 +108,23 @@ def test_dhos_terms(unlabelled):
         assert found.terms[name][2] == 0.5
     assert found.terms["task"][2] == 0.5
     assert len(found.terms) == 2 + unlabelled
+
+
+def test_dhos_terms_are_less_at_odds_than_those_of_one_head():
+    """Labels that the teacher contradicts: on one head the two gradients oppose each other, through two heads hardly."""
+    batches = [tiny.batch(seed=seed) for seed in range(4)]
+    for rows in batches:
+        theirs = np.asarray(small.teacher().apply(small.teacher().params, {}, rows)[0].logits).argmax(-1)
+        rows["label"] = ((theirs + 1) % tiny.CLASSES).astype(np.int32)
+
+    def cosines(recipe):
+        made = tiny.Engine(tiny.run(recipe=recipe, **BOTH))
+        measure = make_term_gradients(made.ctx)
+        return np.array([float(measure(made.fresh(), made.frozen, made.put(rows))["cosine/kd"]) for rows in batches])
+
+    one, two = cosines(KD(temperature=2.0, weight=0.5, task_weight=0.5)), cosines(DHO(**POOL))
+    assert (one < -0.2).all(), one
+    assert (two > one + 0.2).all(), (one, two)
 
 
 def product(recipe, rows):
