@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import claims
 import jax
 import jax.numpy as jnp
@@ -146,32 +148,60 @@ def glyphs(count, *, seed, shift):
     return image, label
 
 
+TRAIN, TEST = glyphs(200, seed=0, shift=0), glyphs(1000, seed=1, shift=2)
+SLOW, FAST = optim.adamw(3e-3), optim.adamw(3e-2, weight_decay=0.0)
+
+
+@functools.cache
+def trained(recipe):
+    """What two seeds make of images at the middle, which are all that a student is given: the run's trial, and the parameters."""
+    batch_size, steps = 50, 300
+    run = tiny.run(
+        recipe=recipe,
+        student=claims.mlp(SIDE * SIDE, 64, GLYPHS),
+        teacher=matcher(),
+        batch_size=batch_size,
+        steps=steps,
+        optimizer={"student": SLOW, "augmentor": FAST} if isinstance(recipe, HARD) else SLOW,
+    )
+    size = len(TRAIN[1])
+    trial = claims.Trial(run, claims.rows(*TRAIN, np.arange(batch_size)), train_size=size)
+    found = []
+    for seed in range(2):
+        batches = claims.epochs(size, batch_size, steps * batch_size // size, seed)
+        found.append(jax.device_get(trial.trained((claims.rows(*TRAIN, i) for i in batches), seed=seed).params))
+    return trial, found
+
+
+def choices(image):
+    teacher = matcher()
+    return np.asarray(teacher.apply(teacher.params, {}, {"image": image})[0].logits).argmax(-1)
+
+
 @pytest.mark.slow
 def test_a_student_without_convolutions_learns_from_hard_augmentations_to_bear_shifts():
-    """Images at the middle are all that either student is given; the teacher is asked about more of them by HARD alone."""
-    size, batch_size, steps = 200, 50, 300
-    train, test = glyphs(size, seed=0, shift=0), glyphs(1000, seed=1, shift=2)
-    teacher = matcher()
-    assert (np.asarray(teacher.apply(teacher.params, {}, {"image": test[0]})[0].logits).argmax(-1) == test[1]).mean() > 0.95
+    """The teacher is asked about more than the images at the middle by HARD alone."""
+    assert (choices(TEST[0]) == TEST[1]).mean() > 0.95
 
-    def accuracy(recipe, optimizers):
-        run = tiny.run(
-            recipe=recipe,
-            student=claims.mlp(SIDE * SIDE, 64, GLYPHS),
-            teacher=teacher,
-            batch_size=batch_size,
-            steps=steps,
-            optimizer=optimizers,
-        )
-        trial = claims.Trial(run, claims.rows(*train, np.arange(batch_size)), train_size=size)
-        found = []
-        for seed in range(2):
-            batches = claims.epochs(size, batch_size, steps * batch_size // size, seed)
-            student = trial.student((claims.rows(*train, i) for i in batches), seed=seed)
-            found.append((trial.answers(student, test[0]).argmax(-1) == test[1]).mean())
-        return np.array(found)
+    def accuracy(recipe):
+        trial, players = trained(recipe)
+        return np.array([(trial.answers(params["student"], TEST[0]).argmax(-1) == TEST[1]).mean() for params in players])
 
-    slow, fast = optim.adamw(3e-3), optim.adamw(3e-2, weight_decay=0.0)
-    plain = accuracy(KD(temperature=1.0, weight=1.0, task_weight=0.0), slow)
-    hard = accuracy(HARD(), {"student": slow, "augmentor": fast})
+    plain, hard = accuracy(KD(temperature=1.0, weight=1.0, task_weight=0.0)), accuracy(HARD())
     assert (hard > plain + 0.3).all(), (hard, plain)
+
+
+@pytest.mark.slow
+def test_constancy_keeps_the_teachers_choice_on_hard_augmentations():
+    """Without it the augmentor finds images that the teacher too takes for another glyph."""
+    image = np.tile(TRAIN[0], (5, 1, 1, 1))
+    augment = jax.jit(Affine())
+
+    def kept(recipe):
+        _, players = trained(recipe)
+        hard = [np.asarray(augment(params["augmentor"], image, keys(len(image)))) for params in players]
+        return np.array([(choices(one) == choices(image)).mean() for one in hard])
+
+    held, free = kept(HARD()), kept(HARD(constancy=0.0))
+    assert (held >= 0.9).all(), held
+    assert free.mean() < held.mean() - 0.2, (held, free)
