@@ -105,7 +105,7 @@ def test_small_batches_that_lie_in_memory_come_without_threads_and_are_the_same(
     alive = threading.active_count()
     rows = plain.batches(8, seed=1)
     first = list(itertools.islice(rows, 12))
-    assert threading.active_count() == alive
+    assert threading.active_count() <= alive  # those of tests before may end meanwhile
     rows.close()
     same(first, take(threaded.batches(8, seed=1), 12))
     same(list(plain.eval_batches(8)), list(threaded.eval_batches(8)))
