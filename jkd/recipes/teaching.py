@@ -24,6 +24,10 @@ class MCMI(Recipe):
     epoch before, taken in training mode, as the paper alternates between network and centroids; the authors' code computes them
     once, before the first step. In the first epoch there are none, and the term is 0. The gradient passes p alone.
 
+    That students learn more from it is not shown here: on five overlapping Gaussian clouds a student of 100 examples, without labels,
+    came from 83.8 to 83.7 % (T 1, weight 0.3, 4 seeds) and from 86.1 to 86.8 % (T 4, weight 0.5, 3 seeds), with no control that
+    fine-tunes without the term.
+
     Args:
         weight: of the mutual information; number or schedule. It is tuned for each teacher; 0.1 is neither the paper's nor the
             code's, which has no default.
