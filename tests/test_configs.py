@@ -16,6 +16,8 @@ FOLDER = Path(__file__).parent.parent / "configs"
 
 
 QUICK = ("digits",)
+# one of each kind of node: all methods of this config have been trained (docs/methods.md)
+SETS = {"digits_methods": ['methods=("kd", "ab", "crd", "mlld", "mean_teacher")']}
 
 
 @pytest.mark.parametrize(
@@ -26,7 +28,7 @@ QUICK = ("digits",)
     ],
 )
 def test_config_traces(path):
-    experiment = configfile.shrink(configfile.resolve(configfile.load(path)))
+    experiment = configfile.shrink(configfile.resolve(configfile.load(path), SETS.get(path.stem, [])))
     earlier = {}
     for name, node in experiment.nodes.items():
         made = not isinstance(node, Run)
