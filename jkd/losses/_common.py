@@ -203,9 +203,7 @@ def kl_of_logits(p_logits: Float[Array, "*batch classes"], q_logits: Float[Array
     size than two log-softmaxes do, and takes as little as a third of their time over a large vocabulary.
     """
     if p_logits.shape[-1] < WIDE:
-        real = jnp.minimum(p_logits, q_logits) > -jnp.inf
-        log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
-        return jnp.sum(jnp.exp(log_p) * jnp.where(real, log_p - log_q, 0), axis=-1)
+        return kl(log_softmax(p_logits), log_softmax(q_logits))
     (p, exp_p, total_p), (q, _, total_q) = shifted_exp(p_logits), shifted_exp(q_logits)
     difference = p - q
     kept = jnp.abs(difference) < jnp.inf
