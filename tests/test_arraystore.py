@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import fsspec
 import pytest
+from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from stored import Kept, assert_same, saved, shapes, state
 
+import jkd
+from jkd import data, models, optim, recipes, trees
 from jkd.checkpoint import Checkpoints
 from jkd.errors import InputError
 
@@ -50,6 +55,28 @@ def test_an_object_store(bucket):
         with pytest.raises(InputError, match="checkpoint 3: leaves.json has 2 bytes"):
             checkpoints.restore(shapes(state()))
     assert checkpoints.lines == []
+
+
+def test_a_whole_training_lives_in_an_object_store(bucket):
+    """Config, metrics, checkpoints and results; what was finished there is known, and the product comes from there."""
+    student = models.mlp.Config(features=64, hidden=(4,), classes=10)
+    run = dict(student=student, recipe=recipes.Supervised(), data=data.digits(), optimizer=optim.sgd(0.1), batch_size=32)
+    first = jkd.train(jkd.Run(**run, steps=3), "s3://bucket/run")
+    files = {name.partition("bucket/run/")[2] for name in bucket}
+    assert {"config.json", "summary.json", "student/result.json", "student/metrics.jsonl"} <= files
+    assert any(name.startswith("student/checkpoints/3/") for name in files)
+    lines = [json.loads(line) for line in epath.Path("s3://bucket/run/student/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 3
+
+    class Watch(jkd.Listener):
+        def stepped(self, *step):
+            raise AssertionError("it was finished")
+
+    again = jkd.train(jkd.Run(**run, steps=3), "s3://bucket/run", listener=Watch())
+    assert again.summary == first.summary
+    assert trees.sha256(again.student.params) == first.summary["student"]["params_sha256"]
+    with pytest.raises(InputError, match="steps: 3 -> 4"):
+        jkd.train(jkd.Run(**run, steps=4), "s3://bucket/run")
 
 
 def test_a_store_that_cannot_be_reached_is_named():
