@@ -278,7 +278,8 @@ def test_published_numbers_are_read_without_running_the_config():
 
 def test_the_published_numbers_of_the_two_tables_agree_and_name_runs():
     table, digits = (configfile.load(name).__globals__ for name in ("cifar100_table", "digits_methods"))
-    assert digits["PUBLISHED"].items() <= table["PUBLISHED"].items()
+    rows = {"teacher", "control", *table["METHODS"]}  # MLLD's view by AutoAugment, and with it its row, is not in the table
+    assert {name: number for name, number in digits["PUBLISHED"].items() if name in rows}.items() <= table["PUBLISHED"].items()
     for made in (table, digits):
         assert set(made["PUBLISHED"]) <= {"teacher", "control", *made["METHODS"]}
 
