@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from jkd import teachers
 from jkd.config import Experiment, Run
 from jkd.errors import InputError
@@ -26,12 +24,11 @@ def check(experiment: Experiment) -> None:
     for name, node in experiment.nodes.items():
         if not isinstance(node, Run):
             continue
-        teacher = teachers.unweighted(node.teacher, products)
-        if teacher is None and node.teacher is not None:
+        run = teachers.unweighted(node, products)
+        if run is None:
             continue
         try:
-            oracle = teachers.unweighted(node.oracle, products)
-            ctx = make_context(dataclasses.replace(node, teacher=teacher, oracle=oracle))
+            ctx = make_context(run)
             make_step(ctx)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error

@@ -125,10 +125,9 @@ def context(run: Run, devices: list[Any] | None = None) -> Context:
 
 
 def _node(name: str, run: Run, students: dict[str, Model]) -> str:
-    resolved = dataclasses.replace(run, teacher=teachers.unweighted(run.teacher, students))
-    unknown = resolved.teacher is None and run.teacher is not None
+    resolved = teachers.unweighted(run, students)
     lines = [f"{name}", "=" * len(name), *_config(run)]
-    if unknown:
+    if resolved is None:
         lines += ["", f"teacher: what the node {run.teacher!r} gives; shapes are known when it has run"]
         return "\n".join(lines) + "\n"
     ctx = context(resolved)
@@ -164,9 +163,12 @@ def _config(run: Run) -> list[str]:
 
 def _sides(ctx: Context) -> list[str]:
     run = ctx.run
-    lines = [f"{side}: {network.name}, {trees.count(ctx.params[side]):,} parameters" for side, network in ctx.networks.items()]
+    about = {
+        side: f"{side}: {network.name}, {trees.count(ctx.params[side]):,} parameters" for side, network in ctx.networks.items()
+    }
     if isinstance(run.teacher, StudentEma):
-        lines[-1] = "teacher: the average of the student"
+        about["teacher"] = "teacher: the average of the student"
+    lines = list(about.values())
     lines.append(f"batch: {', '.join(f'{name} {_shape(leaf)}' for name, leaf in trees.flatten(ctx.batch).items())}")
     axes = ", ".join(f"{axis} {size}" for axis, size in ctx.mesh.shape.items())
     lines.append(
@@ -179,11 +181,11 @@ def _sides(ctx: Context) -> list[str]:
 
 
 def _paths(ctx: Context) -> list[str]:
-    """Every path of the two networks side by side; what the recipe taps has a star."""
+    """Every path of the two networks that the recipe may tap side by side; what it taps has a star."""
     taps = {"student": ctx.recipe.student_taps, "teacher": ctx.recipe.teacher_taps}
     sides = []
-    for side, network in ctx.networks.items():
-        known = network.paths(ctx.batch)
+    for side in (side for side in taps if side in ctx.networks):
+        known = ctx.networks[side].paths(ctx.batch)
         tapped = {tap for tap in taps[side] if tap in known}
         rows = [("*" if path in tapped else " ", path, _shape(leaf)) for path, leaf in known.items()]
         rows += [("*", tap, "") for tap in taps[side] if tap not in known]  # with #call or @layer

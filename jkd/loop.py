@@ -18,7 +18,7 @@ from jkd import calls, debug, fingerprint, flops, metrics, provenance, sharding,
 from jkd.cache import Cache
 from jkd.check import check
 from jkd.checkpoint import Checkpoints
-from jkd.config import Ensemble, Experiment, Run, dependencies, every, needed_by_caches
+from jkd.config import Experiment, Run, dependencies, every, needed_by_caches
 from jkd.context import Context
 from jkd.errors import InputError
 from jkd.evaluate import Evaluation, make_evaluate
@@ -188,10 +188,7 @@ class _Training:
         interrupts: Interrupts,
     ):
         self.config = fingerprint.to_json(run)  # as it was written down: the teacher by its name
-        if isinstance(run.teacher, (str, Ensemble)):
-            run = dataclasses.replace(run, teacher=teachers.named(run.teacher, earlier))
-        if isinstance(run.oracle, (str, Ensemble)):
-            run = dataclasses.replace(run, oracle=teachers.named(run.oracle, earlier))
+        run = teachers.resolved(run, earlier)
         self.name, self.folder, self.listener, self.interrupts = name, folder, listener, interrupts
         self.cache, self.earlier = run.teacher if isinstance(run.teacher, Cache) else None, earlier
         self.ctx = make_context(run)

@@ -169,8 +169,8 @@ def pick(experiment: Experiment, name: str | None = None) -> tuple[str, Run]:
         raise InputError(f"--run {name}: no such run{nearest(name, runs)}")
     run = runs[name]
     students = {each: build(one.student) for each, one in runs.items()} if run.teacher is not None else {}
-    resolved = dataclasses.replace(run, teacher=teachers.unweighted(run.teacher, students))
-    if resolved.teacher is None and run.teacher is not None:
+    resolved = teachers.unweighted(run, students)
+    if resolved is None:
         raise InputError(f"{name}: its teacher is what the node {run.teacher!r} gives; shapes are known when that has run")
     return name, resolved
 

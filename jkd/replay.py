@@ -13,7 +13,7 @@ from etils import epath
 
 from jkd import configfile, fingerprint, teachers, trees
 from jkd.checkpoint import Checkpoints
-from jkd.config import Ensemble, Experiment, Run, dependencies
+from jkd.config import Experiment, Run, dependencies
 from jkd.context import Context
 from jkd.errors import InputError, nearest
 from jkd.evaluate import make_evaluate
@@ -88,8 +88,7 @@ def stands(
         if not isinstance(node, Run):
             artifacts[name] = node
             continue
-        if isinstance(node.teacher, (str, Ensemble)):
-            node = dataclasses.replace(node, teacher=teachers.named(node.teacher, artifacts))
+        node = teachers.resolved(node, artifacts)
         stand = _restored(name, node, workdir / name, report) or (_begun(name, node) if name == fresh else None)
         if stand is None:
             report(f"{name}: has no checkpoint")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jkd.config import Ensemble
+from jkd.config import Ensemble, Run
 from jkd.context import Context
 from jkd.errors import InputError, nearest
 from jkd.networks import models_of
@@ -37,14 +37,36 @@ def named(teacher: str | Ensemble, artifacts: Mapping[str, Any]) -> Model:
     return found
 
 
-def unweighted(teacher: Any, students: dict[str, Model]) -> Any:
-    """The teacher with earlier runs' networks for their names; None where a name is that of a function."""
-    if isinstance(teacher, str):
-        return students.get(teacher)
-    if isinstance(teacher, Ensemble):
-        members = tuple(unweighted(member, students) for member in teacher.members)
-        return None if None in members else dataclasses.replace(teacher, members=members)
-    return teacher
+def resolved(run: Run, artifacts: Mapping[str, Any]) -> Run:
+    """The run with Models where it names earlier nodes: as its teacher and as its oracle.
+
+    Raises:
+        InputError: as `named`.
+    """
+
+    def model(side: Any) -> Any:
+        return named(side, artifacts) if isinstance(side, str | Ensemble) else side
+
+    return dataclasses.replace(run, teacher=model(run.teacher), oracle=model(run.oracle))
+
+
+def unweighted(run: Run, students: Mapping[str, Model]) -> Run | None:
+    """The run with earlier runs' networks for their names, not yet weights; None where its teacher is what a function gives.
+
+    Such an oracle is left out: only evaluation asks it.
+    """
+
+    def network(side: Any) -> Any:
+        if isinstance(side, str):
+            return students.get(side)
+        if isinstance(side, Ensemble):
+            members = tuple(network(member) for member in side.members)
+            return None if None in members else dataclasses.replace(side, members=members)
+        return side
+
+    teacher = network(run.teacher)
+    unknown = teacher is None and run.teacher is not None
+    return None if unknown else dataclasses.replace(run, teacher=teacher, oracle=network(run.oracle))
 
 
 def check_logits(ctx: Context, state: State, frozen: Frozen, batch: Batch) -> None:

@@ -8,14 +8,17 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 
 import jkd
-from jkd import data, models, optim, trees
+from jkd import data, describe, models, optim, plan, replay, trees
+from jkd.bench import measure
 from jkd.config import Experiment, Run, dependencies
 from jkd.errors import InputError
 from jkd.hacking import Watch
 from jkd.loop import Listener
-from jkd.recipes import KD
+from jkd.recipes import KD, Supervised
+from jkd.resolve import make_context
 
 CLASSES, MAIN, OWN = 4, 6, 6
 
@@ -101,3 +104,21 @@ def test_an_oracle_is_named_like_a_teacher_and_must_hold_weights():
         Experiment(teacher=Run(**shared), student=node)
     with pytest.raises(InputError, match="oracle .* holds no weights"):
         jkd.train(Run(teacher=tiny.weights(config.build()), oracle=config, **shared))
+
+
+def test_an_oracle_by_name_is_found_wherever_a_run_is_resolved(tmp_path):
+    """Training looks names up; so must whatever looks at a run before it is trained, or at what it left."""
+    config = models.mlp.Config(features=64, hidden=(4,), classes=10)
+    shared = dict(student=config, optimizer=optim.sgd(0.1), steps=2, data=data.digits(), batch_size=32)
+    experiment = Experiment(
+        oracle=Run(recipe=Supervised(), **shared),
+        teacher=Run(recipe=Supervised(), **shared | dict(seed=1)),
+        student=Run(teacher="teacher", oracle="oracle", recipe=KD(), **shared | dict(seed=2)),
+    )
+    make_context(plan.pick(experiment, "student")[1])
+    assert set(measure.runs_of(experiment)) == {"oracle", "teacher", "student"}
+    make_context(measure.runs_of(experiment, "student")["student"])
+    assert "params oracle (frozen)" in describe.describe(experiment)
+    trained = jkd.train(experiment, tmp_path).summary["student"]
+    again = replay.evaluate(experiment, epath.Path(tmp_path), pytest.fail)["student"]
+    assert again["oracle_kl"] == pytest.approx(trained["oracle_kl"], rel=1e-5)

@@ -43,9 +43,9 @@ def runs_of(experiment: Experiment, only: str | None = None) -> dict[str, Run]:
     for name, node in experiment.nodes.items():
         if isinstance(node, Run):
             students[name] = build(node.student)
-            teacher = teachers.unweighted(node.teacher, students)
-            if teacher is not None or node.teacher is None:
-                found[name] = dataclasses.replace(node, teacher=teacher)
+            run = teachers.unweighted(node, students)
+            if run is not None:
+                found[name] = run
     if not found:
         raise InputError("no run can be timed before others have run: every teacher is made by a function of earlier nodes")
     if only is None:

@@ -85,13 +85,10 @@ def ernie_tiny(
 def _after(before: str, run: Run) -> Callable[..., Any]:
     """A node that is ``run`` with the student of an earlier node."""
     from jkd import teachers
-    from jkd.config import Ensemble, dependencies
+    from jkd.config import dependencies
 
     def node(**artifacts: Any) -> Run:
-        teacher = run.teacher
-        if isinstance(teacher, (str, Ensemble)):
-            teacher = teachers.named(teacher, artifacts)
-        return dataclasses.replace(run, student=artifacts[before], teacher=teacher)
+        return dataclasses.replace(teachers.resolved(run, artifacts), student=artifacts[before])
 
     # an experiment reads from a function's parameters which earlier nodes it needs
     needed = dict.fromkeys((before, *dependencies(run)))
