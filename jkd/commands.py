@@ -152,12 +152,8 @@ def _largest(ctx: Context) -> str:
         found = hlo.buffers(step.lower(*step_shapes(ctx)).compile().as_text() or "")
     except Exception:  # the compiler itself may have been what wanted the memory
         return "not known"
-    named = {
-        f"{buffer.array.dtype}{list(buffer.array.shape)} {_size(buffer.bytes)} of {buffer.of or buffer.op}": None
-        for buffer in found
-        if buffer.op != "parameter"
-    }
-    return ", ".join(list(named)[:3])
+    made = hlo.distinct(buffer for buffer in found if buffer.op != "parameter")
+    return ", ".join(f"{one.array} {_size(one.bytes)} of {one.of or one.op}" for one in made[:3])
 
 
 def _size(bytes: float) -> str:
@@ -214,18 +210,17 @@ def evaluate(arguments: argparse.Namespace, typed: str) -> int:
 
     devices.start(arguments.device)
     programcache.start()
-    from etils import epath
-
     from jkd import console, replay
+    from jkd.workdir import at
 
-    workdir = epath.Path(arguments.config)
+    workdir = at(arguments.config)
     if workdir.is_dir():
         if arguments.sets:
             raise InputError(f"--set changes a config; {arguments.config} is a folder with a config of its own")
         experiment = replay.experiment_of(workdir)
     else:
         experiment = configfile.resolve(configfile.load(arguments.config), arguments.sets)
-        workdir = epath.Path(_default(arguments.config, experiment, None))
+        workdir = at(_default(arguments.config, experiment, None))
         if not workdir.is_dir():
             raise InputError(f"{workdir} is not there: nothing was trained with this config; jkd train makes it")
     devices.check(arguments.device)
@@ -270,11 +265,10 @@ def export(arguments: argparse.Namespace, typed: str) -> int:
     from jkd import console, devices, replay
 
     devices.start(None)
-    from etils import epath
-
     from jkd.export import export as write
+    from jkd.workdir import at
 
-    workdir, tell = epath.Path(arguments.folder), console.Watch().message
+    workdir, tell = at(arguments.folder), console.Watch().message
     stand = replay.stand(replay.experiment_of(workdir), workdir, arguments.run, tell)
     write(stand, arguments.directory, ema=arguments.ema or None, dtype=arguments.dtype, said=tell)
     return 0
@@ -286,11 +280,10 @@ def debug(arguments: argparse.Namespace, typed: str) -> int:
     from jkd import console, devices, replay
 
     devices.start(None)
-    from etils import epath
-
     from jkd.debug import find
+    from jkd.workdir import at
 
-    workdir = epath.Path(arguments.folder)
+    workdir = at(arguments.folder)
     for line in find(replay.experiment_of(workdir), workdir, arguments.run, console.Watch().message):
         print(line)
     return 0

@@ -21,7 +21,7 @@ from jkd.networks import models_of, seen, step_key
 from jkd.prepare import make_prepare
 from jkd.recipe import Update
 from jkd.replay import Stand
-from jkd.state import State
+from jkd.state import State, run_key
 from jkd.step import make_step, objective
 from jkd.types import Array, Batch, Tree
 from jkd.workdir import write_json
@@ -50,9 +50,9 @@ def keep(folder: epath.Path, ctx: Context, step: int, cause: str, weights: np.nd
     with (folder / ROWS.format(process[0])).open("wb") as file:
         np.savez(file, **flat)  # type: ignore[arg-type]
     if process[0] == 0:
-        # as `init_state` and `step_key` make it
-        key = jax.random.fold_in(jax.random.split(jax.random.key(run.seed), 4)[2], step)
-        write_json(folder / RECORD, {"step": step, "cause": cause, "key": np.asarray(jax.random.key_data(key)).tolist()})
+        key = jax.random.key_data(jax.random.fold_in(run_key(jax.random.key(run.seed)), step))
+        record = {"step": step, "cause": cause, "key": np.asarray(key).tolist(), "processes": process[1]}
+        write_json(folder / RECORD, record)
 
 
 def find(experiment: Experiment, workdir: epath.Path, name: str | None, tell: Callable[[str], None]) -> list[str]:
@@ -69,7 +69,7 @@ def find(experiment: Experiment, workdir: epath.Path, name: str | None, tell: Ca
         are computed.
 
     Raises:
-        InputError: no run has kept such a step.
+        InputError: no run has kept such a step, or a process's part of it is not in the folder.
     """
     folders = {each: workdir / each for each in experiment.nodes if (workdir / each / RECORD).exists()}
     if not folders or (name is not None and name not in folders):
@@ -79,13 +79,10 @@ def find(experiment: Experiment, workdir: epath.Path, name: str | None, tell: Ca
         )
     name = name or next(iter(folders))
     record = json.loads((folders[name] / RECORD).read_text())
-    if (folders[name] / ROWS.format(1)).exists():
-        raise InputError(f"{workdir}: {name} was trained by several processes; replays are for one")
     stand = replay.stand(experiment, workdir, name, tell, fresh=True)
     if stand.step > record["step"]:
         raise InputError(f"{workdir}: {name} stands at step {stand.step}, beyond step {record['step'] + 1} that was not finite")
-    with (folders[name] / ROWS.format(0)).open("rb") as file:
-        rows = trees.unflatten(dict(np.load(file)))
+    rows = _kept(folders[name], record["processes"])
     batch, state, step = _arrive(stand, rows, record["step"], tell)
     stand = dataclasses.replace(stand, state=state, step=step)
     lines = [f"{name}: step {step + 1} was not finite: {record['cause']}"]
@@ -93,6 +90,18 @@ def find(experiment: Experiment, workdir: epath.Path, name: str | None, tell: Ca
     if step == record["step"] and key.tolist() != record["key"]:
         lines.append("its key is not the one that was kept: jkd or jax has changed since")
     return lines + list(_look(stand, batch))
+
+
+def _kept(folder: epath.Path, processes: int) -> Batch:
+    """The rows that every process kept, in their order in the batch."""
+    parts = []
+    for process in range(processes):
+        try:
+            with (folder / ROWS.format(process)).open("rb") as file:
+                parts.append(dict(np.load(file)))
+        except OSError as error:
+            raise InputError(f"{folder}: the rows of process {process} of {processes} are not there: {error}") from None
+    return trees.unflatten({path: np.concatenate([part[path] for part in parts]) for path in parts[0]})
 
 
 def _arrive(stand: Stand, rows: Batch, wanted: int, tell: Callable[[str], None]) -> tuple[Batch, State, int]:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
@@ -28,6 +28,9 @@ class Array:
     def bytes(self) -> int:
         bits = 8 if self.dtype == "pred" else int((re.search(r"\d+", self.dtype) or ["0"])[0])
         return -(-math.prod(self.shape) * bits // 8)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,11 @@ def buffers(text: str, *, smallest: int = 1) -> list[Buffer]:
                 continue
             found += [Buffer(array, one.op, one.of) for array in one.arrays if array.space == 0 and array.bytes >= smallest]
     return sorted(found, key=lambda buffer: -buffer.bytes)
+
+
+def distinct(found: Iterable[Buffer]) -> list[Buffer]:
+    """One of each type and name, in their order."""
+    return list({(buffer.array, buffer.of): buffer for buffer in found}.values())
 
 
 def holding(text: str, sizes: Sequence[int]) -> list[Buffer]:

@@ -233,7 +233,6 @@ class _Training:
         else:
             state, meta, start = restored
             frozen, weights = freeze(ctx), meta.get("sampling_weights")
-        self.work = flops.of_step(ctx)
         self.call, self.term_gradients = calls.make_call(ctx), make_term_gradients(ctx)
         self.evaluation = make_evaluate(ctx)
         writer = metrics.writers(self.folder if self.process[0] == 0 else None, start, self.config)
@@ -363,6 +362,7 @@ class _Training:
 
     def _finish(self, state: State, frozen: Frozen, evaluation: Evaluation, clock: metrics.Stopwatch) -> _Finished:
         product = self._product(state, frozen)
+        work = flops.of_step(self.ctx)
         own = [tree for group, tree in state.params.items() if group != "student"]
         summary: Summary = {
             "parameters": trees.count(product.params),
@@ -371,7 +371,7 @@ class _Training:
             **{name: evaluation.metrics[name] for name in ("bits_per_byte", "oracle_kl") if name in evaluation.metrics},
             "examples_per_s": clock.mean(),
             "steps": self.run.steps,
-            **{f"{side}_flops": getattr(self.work, side) for side in ("student", "teacher")},  # of one step
+            **{f"{side}_flops": getattr(work, side) for side in ("student", "teacher")},  # of one step
             "params_sha256": trees.sha256(sharding.whole(product.params)),
         }
         said = sample(self.ctx, product)

@@ -138,7 +138,7 @@ def plan(run: Run, topology: Topology) -> Plan:
         ctx=ctx,
         fits=fits,
         bytes_per_chip=parts,
-        largest=_distinct(hlo.buffers(text)) if text else [],
+        largest=hlo.distinct(hlo.buffers(text))[:LARGEST] if text else [],
         work=flops.of_step(ctx),
         executed=executed,
         traffic=found,
@@ -224,8 +224,3 @@ def _traffic(ctx: Context, found: Sequence[hlo.Collective]) -> list[Traffic]:
             before, bytes=before.bytes + one.total, count=before.count + one.count, sent=before.sent + one.sent
         )
     return sorted(sums.values(), key=lambda each: -each.bytes)
-
-
-def _distinct(found: Sequence[hlo.Buffer]) -> list[hlo.Buffer]:
-    """The largest, one of each shape and name."""
-    return list({(buffer.array, buffer.of): buffer for buffer in found}.values())[:LARGEST]

@@ -48,7 +48,7 @@ def _memory(plan: Plan) -> list[str]:
     if plan.largest:
         lines.append("largest buffers")
     for buffer in plan.largest:
-        shape, of = f"{buffer.array.dtype}{list(buffer.array.shape)}", buffer.of.replace("\\'", "'") or buffer.op
+        shape, of = str(buffer.array), buffer.of.replace("\\'", "'") or buffer.op
         lines.append(f"  {shape:<28} {_bytes(buffer.bytes):>10}  {of}")
     return lines
 

@@ -20,6 +20,7 @@ from jkd.evaluate import make_evaluate
 from jkd.networks import models_of
 from jkd.resolve import make_context
 from jkd.state import Frozen, State, freeze, init_state, step_shapes
+from jkd.step import deployed
 from jkd.types import Model
 
 
@@ -63,7 +64,7 @@ class Stand:
     def product(self, *, ema: bool | None = None) -> Model:
         """What the run is for (`Recipe.deploy`), with weights; the average's if asked for, by default as the run says."""
         models = models_of(self.ctx, self.state, self.frozen, ema=self.ctx.run.evaluate_ema if ema is None else ema)
-        return self.ctx.recipe.deploy(models)
+        return deployed(self.ctx, models)
 
 
 def stands(

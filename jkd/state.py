@@ -78,7 +78,7 @@ def freeze(ctx: Context) -> Frozen:
     def cast(leaf: Any) -> Any:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    for side in _frozen(ctx):
+    for side in frozen_sides(ctx):
         network = ctx.networks[side]
         if not network.initialised:
             raise InputError(
@@ -98,7 +98,7 @@ def frozen_shapes(ctx: Context) -> Frozen:
     def cast(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
 
-    params = {side: jax.tree.map(cast, ctx.params[side]) for side in _frozen(ctx)}
+    params = {side: jax.tree.map(cast, ctx.params[side]) for side in frozen_sides(ctx)}
     return {"params": params, "buffers": {side: ctx.buffers[side] for side in params}}
 
 
@@ -159,7 +159,7 @@ def trainable(ctx: Context, group: str, params: Tree) -> tuple[Tree, Tree]:
     return trees.split(params, lambda path: ctx.trains(group, path))
 
 
-def _frozen(ctx: Context) -> tuple[str, ...]:
+def frozen_sides(ctx: Context) -> tuple[str, ...]:
     """The networks whose weights no step changes."""
     moves = isinstance(ctx.run.teacher, StudentEma) or "teacher" in ctx.groups
     return tuple(side for side in ("teacher", "oracle") if side in ctx.networks and not (side == "teacher" and moves))
@@ -169,9 +169,19 @@ def _networks_in_state(ctx: Context) -> tuple[str, ...]:
     return tuple(side for side in ("student", "teacher") if side in ctx.groups and side in ctx.networks)
 
 
-def _init(ctx: Context, key: Array, frozen: Frozen, given: dict[str, tuple[Tree, Tree]]) -> State:
+def run_key(key: Array) -> Array:
+    """The steps' key in a state that is made from this one."""
+    return _keys(key)[2]
+
+
+def _keys(key: Array) -> Array:
+    """Of the student, the recipe, the steps and the teacher."""
     # the order of these keys is part of what makes a seed reproducible: append, never reorder
-    key_student, key_recipe, key_run, key_teacher = jax.random.split(key, 4)
+    return jax.random.split(key, 4)
+
+
+def _init(ctx: Context, key: Array, frozen: Frozen, given: dict[str, tuple[Tree, Tree]]) -> State:
+    key_student, key_recipe, key_run, key_teacher = _keys(key)
     keys = {"student": key_student, "teacher": key_teacher}
     params, buffers = {}, {}
     for side in _networks_in_state(ctx):

@@ -245,7 +245,7 @@ def _gradients(
         gradients, (means, _, kept, observed) = differentiate(before, batch, key, None)
         return placed(gradients), means, kept, observed
 
-    pieces = jax.tree.map(lambda rows: _cut(rows, count), batch)
+    pieces = jax.tree.map(lambda rows: cut(rows, count), batch)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
 
     def weigh(kept: dict[str, Tree], piece: tuple[Batch, Array]):
@@ -276,7 +276,8 @@ def _left(models: Models, before: dict[str, Tree]) -> dict[str, Tree]:
     return left
 
 
-def _cut(rows: Array, count: int) -> Array:
+def cut(rows: Array, count: int) -> Array:
+    """``[batch, …]`` in ``count`` microbatches, ``[count, batch / count, …]``."""
     # Row i goes to piece i % count: cutting into runs of rows instead would make every device compute every row.
     return rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1)
 

@@ -14,12 +14,14 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from jkd.errors import InputError, MissingExtra, nearest
-from jkd.metrics import Writer
+
+if TYPE_CHECKING:
+    from jkd.metrics import Writer  # which opens these
 
 VARIABLE, RECORD = "JKD_TRACK", "tracking.json"
 

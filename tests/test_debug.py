@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from jkd import debug, replay
 from jkd.cli import main
 from jkd.replay import experiment_of
 
@@ -93,6 +94,22 @@ def test_a_tap_is_named_with_its_rows_and_the_batch_and_key_are_those_of_the_ste
         assert (
             f"student: replays steps {record['step'] // 2 * 2 + 1} to {record['step']}" in lines.err or record["step"] % 2 == 0
         )
+
+
+def test_rows_that_two_processes_kept_are_replayed_by_one(capsys):
+    lines = broken(capsys, tap="jnp.where(x[:, :1] == 1, jnp.inf, first)").out.splitlines()
+    record = json.loads(Path("w/student/nonfinite.json").read_text())
+    here = replay.stand(experiment_of(epath.Path("w")), epath.Path("w"), None, print, fresh=True)
+    Path("w/student/nonfinite-0.npz").unlink()
+    for process in range(2):
+        debug.keep(epath.Path("w/student"), here.ctx, record["step"], record["cause"], None, (process, 2))
+    assert len(np.load("w/student/nonfinite-1.npz")["index"]) == 4
+    capsys.readouterr()
+    assert main(["debug", "w"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    Path("w/student/nonfinite-1.npz").unlink()
+    assert main(["debug", "w"]) == 2
+    assert "the rows of process 1 of 2 are not there" in capsys.readouterr().err
 
 
 def test_a_gradient_alone_is_named_by_its_term(capsys):

@@ -242,10 +242,7 @@ def _logits(work: Workload) -> list[dict[str, Any]]:
     sizes = [rows] if "tokens" not in ctx.raw_batch else [rows, rows * ctx.raw_batch["tokens"].shape[-1]]
     found = [buffer for size in sizes for buffer in hlo.holding(text, [size, ctx.classes])]
     found.sort(key=lambda buffer: -buffer.bytes)
-    return [
-        {"name": buffer.of or buffer.op, "array": f"{buffer.array.dtype}{list(buffer.array.shape)}", "bytes": buffer.bytes}
-        for buffer in found[:5]
-    ]
+    return [{"name": buffer.of or buffer.op, "array": str(buffer.array), "bytes": buffer.bytes} for buffer in found[:5]]
 
 
 def _cache_seconds(work: Workload, batches: int = 8) -> float | None:

@@ -17,15 +17,15 @@ from jax.sharding import PartitionSpec as P
 
 from jkd import calls, sharding
 from jkd.bench.compiling import listening
-from jkd.config import Run, StudentEma
+from jkd.config import Run
 from jkd.context import Context
 from jkd.describe import context as context_of
 from jkd.errors import InputError
 from jkd.feed import Feed
 from jkd.networks import models_of, seen, step_key
 from jkd.prepare import make_prepare
-from jkd.state import Frozen, State, init_state, step_shapes
-from jkd.step import make_gradients, make_step
+from jkd.state import Frozen, State, frozen_sides, init_state, step_shapes
+from jkd.step import cut, make_gradients, make_step
 from jkd.types import Batch, Tree
 
 BATCHES = 2
@@ -90,7 +90,7 @@ class Workload:
         if run.data is None:
             raise InputError(f"{name}: Run.data = None, so there is nothing to time")
         with listening() as self.heard:
-            self.name, self.ctx = name, with_teacher(context_of(run))
+            self.name, self.ctx = name, with_weights(context_of(run))
             self.compiled = compile_step(self.ctx)
             self.state, self.frozen = init_state(self.ctx, jax.random.key(run.seed))
         self.most = run.steps_per_call
@@ -156,14 +156,15 @@ class Workload:
             feed.close()
 
 
-def with_teacher(ctx: Context) -> Context:
-    """The context with random weights for a frozen teacher that has none."""
-    teacher = ctx.networks.get("teacher")
-    if teacher is None or teacher.initialised or "teacher" in ctx.groups or isinstance(ctx.run.teacher, StudentEma):
-        return ctx
-    specs = ctx.specs["teacher"], jax.tree.map(lambda _: P(), teacher.buffers)
-    weights = jax.jit(teacher.init, out_shardings=sharding.shardings(specs, ctx.mesh))(jax.random.key(0))
-    return dataclasses.replace(ctx, networks={**ctx.networks, "teacher": teacher.with_weights(*weights)})
+def with_weights(ctx: Context) -> Context:
+    """The context with random weights for the frozen networks that have none."""
+    networks = dict(ctx.networks)
+    for side in frozen_sides(ctx):
+        if not (network := networks[side]).initialised:
+            specs = ctx.specs[side], jax.tree.map(lambda _: P(), network.buffers)
+            weights = jax.jit(network.init, out_shardings=sharding.shardings(specs, ctx.mesh))(jax.random.key(0))
+            networks[side] = network.with_weights(*weights)
+    return dataclasses.replace(ctx, networks=networks)
 
 
 def made_up(ctx: Context, seed: int) -> Batch:
@@ -201,7 +202,7 @@ def stages(work: Workload) -> dict[str, Callable[[], Tree]]:
         count = ctx.run.microbatches
         if count == 1:
             return [answer(update, batch) for update in ctx.updates]
-        pieces = jax.tree.map(lambda rows: rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), batch)
+        pieces = jax.tree.map(lambda rows: cut(rows, count), batch)
         return [jax.lax.map(lambda piece, update=update: answer(update, piece), pieces) for update in ctx.updates]
 
     programs: dict[str, Callable[..., Tree]] = {}

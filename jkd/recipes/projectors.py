@@ -24,8 +24,12 @@ he_fan_out = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Projector(Protocol):
+    """Maps a feature of one side into the form of the other's; its parameters are trained with the student's."""
+
     @property
-    def couples_batch(self) -> bool: ...
+    def couples_batch(self) -> bool:
+        """Whether a row's image depends on the other rows; it then is told which of them count."""
+        ...
 
     def init(self, key: Array, student_shape: Shape, teacher_shape: Shape) -> Tree: ...
 
