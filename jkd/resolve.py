@@ -98,9 +98,10 @@ def _resolve(run: Run, mesh: Mesh, raw_batch: Batch, batch: Batch, train_size: i
     data_classes = getattr(run.data, "classes", None)
     if classes is not None and data_classes is not None and classes < data_classes:
         raise InputError(f"student {networks['student'].name} has {classes} classes, the data {data_classes}")
-    if recipe.same_classes:
-        numbers = {"data": getattr(getattr(run.data, "tokenizer", None), "fingerprint", None)}
-        check_same(**numbers, **{side: network.tokenizer for side, network in networks.items()})
+    fingerprints = {side: network.tokenizer for side, network in networks.items()}
+    if "teacher_tokens" in batch:
+        check_same(teacher_tokenizer=_fingerprint(run.data, "teacher_tokenizer"), teacher=fingerprints.pop("teacher", None))
+    check_same(data=_fingerprint(run.data, "tokenizer"), **fingerprints)
     theirs = teacher.logits_shape[-1] if teacher is not None and teacher.has_logits else None
     if recipe.same_classes and None not in (classes, theirs) and classes != theirs:
         raise InputError(
@@ -130,6 +131,10 @@ def _resolve(run: Run, mesh: Mesh, raw_batch: Batch, batch: Batch, train_size: i
         params=params,
         buffers=buffers,
     )
+
+
+def _fingerprint(data: Any, field: str) -> str | None:
+    return getattr(getattr(data, field, None), "fingerprint", None)
 
 
 def build(model: Any) -> Model:

@@ -76,6 +76,7 @@ class Data:
             They are started afresh, so a script of your own needs its ``if __name__ == "__main__":``.
         streams: further training streams ``(name, data, ratio)``, made by `join`.
         tokenizer: what its tokens are numbers of, if it is text.
+        teacher_tokenizer: what ``teacher_tokens`` are numbers of, where the teacher has a vocabulary of its own.
         answers: what batches hold as ``teacher``, or None.
         name: for tables and messages.
 
@@ -90,6 +91,7 @@ class Data:
     workers: int = 0
     streams: tuple[tuple[str, Data, int], ...] = ()
     tokenizer: Tokenizer | None = None
+    teacher_tokenizer: Tokenizer | None = None
     answers: Answers | None = None
     name: str = "data"
 

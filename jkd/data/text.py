@@ -2,11 +2,13 @@
 
 Records hold ``tokens`` int32 ``[length]``, ``mask`` (1 = real), ``segment`` (0 is padding, documents count from 1), where there are
 prompts ``loss_mask`` (1 = counted), and in evaluation ``bytes``: how much of the text each token stands for, which is what bits per
-byte are divided by. What they mean to a model is in `jkd.tokens`.
+byte are divided by. For a teacher of another vocabulary the same documents stand there once more, as ``teacher_tokens`` and so on.
+What they mean to a model is in `jkd.tokens`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ import numpy as np
 
 from jkd.data import corpus as tokenised
 from jkd.data.batch import Record
-from jkd.data.corpus import Corpus, Layout, Rows
+from jkd.data.corpus import Corpus, Layout, Piece, Rows
 from jkd.data.pipeline import Data, Source
 from jkd.data.tables import Columns, JsonLines, Parquet, Records
 from jkd.data.texts import Document, Documents, Listed, TfdsText, conversational, matching, standard_library
@@ -36,6 +38,8 @@ def documents(
     layout: Layout = "stream",
     eval_rows: int | None = None,
     folder: str | os.PathLike[str] | None = None,
+    teacher_tokenizer: Tokenizer | None = None,
+    teacher_length: int | None = None,
     name: str = "documents",
 ) -> Data:
     """Texts, or conversations ``(prompt, response, …)``, as rows of tokens.
@@ -57,33 +61,45 @@ def documents(
             ``pad``: one document in a row. The last two cut what is longer than a row.
         eval_rows: evaluate so many rows, spread over the evaluation text; None: all.
         folder: where the numbers are kept for the next time and mapped into memory from; None holds them in memory.
+        teacher_tokenizer: of a teacher with another vocabulary (`recipes.ULD`): rows then hold its view of their documents too. It
+            needs whole documents, so ``layout`` must be ``fit`` or ``pad``; a template is of both.
+        teacher_length: tokens in a row of that view, cut where there are more; None: ``length``.
         name: for tables and messages.
 
     Raises:
-        InputError: ``length`` below 2, ``eval_rows`` below 1; and, when first read, no text, or text that cannot be read.
+        InputError: ``length`` below 2, ``eval_rows`` below 1, a ``teacher_tokenizer`` for a stream; and, when first read, no text, or
+            text that cannot be read.
     """
-    if length < 2:
-        raise InputError(f"{name}: length={length}: a row needs at least 2 tokens")
+    if min(length, teacher_length or length) < 2:
+        raise InputError(f"{name}: length={length}, teacher_length={teacher_length}: a row needs at least 2 tokens")
+    if teacher_tokenizer is not None and layout == "stream":
+        raise InputError(
+            f"{name}: layout='stream' cuts documents where the student's tokens end; with a teacher_tokenizer give 'fit' or 'pad'"
+        )
     if eval_rows is not None and eval_rows < 1:
         raise InputError(f"{name}: eval_rows={eval_rows}: must be at least 1, or None for all")
     tokenizer = Bytes() if tokenizer is None else tokenizer
     place = None if folder is None else os.fspath(folder)
 
-    def source(texts: Any, **options: Any) -> Text:
+    def source(texts: Any, bytes: bool = False) -> Text:
         if not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
             raise InputError(f"{name}: a {type(texts).__name__} is no text: it needs __len__ and __getitem__")
         # what is read from files says what it is, and is not opened yet
         said = isinstance(texts, JsonLines | Parquet) or hasattr(texts, "conversational")
-        if isinstance(texts, JsonLines | Parquet) or (not said and len(texts) and isinstance(texts[0], Mapping)):
-            texts = Columns(texts, columns, tokenizer, template, name)
-        elif isinstance(texts, list | tuple):
-            texts = Listed(texts)
-        return Text(texts, tokenizer, length, layout, place, **options)
+        records = isinstance(texts, JsonLines | Parquet) or (not said and len(texts) and isinstance(texts[0], Mapping))
+
+        def view(tokenizer: Tokenizer, length: int) -> View:
+            if records:
+                return View(Columns(texts, columns, tokenizer, template, name), tokenizer, length, place)
+            return View(Listed(texts) if isinstance(texts, list | tuple) else texts, tokenizer, length, place)
+
+        theirs = None if teacher_tokenizer is None else view(teacher_tokenizer, teacher_length or length)
+        return Text(view(tokenizer, length), layout, teacher=theirs, bytes=bytes)
 
     held_out: Source | None = None if eval is None else source(eval, bytes=True)
     if held_out is not None and eval_rows is not None:
         held_out = Spread(held_out, eval_rows)
-    return Data(train=source(train), eval=held_out, tokenizer=tokenizer, name=name)
+    return Data(train=source(train), eval=held_out, tokenizer=tokenizer, teacher_tokenizer=teacher_tokenizer, name=name)
 
 
 def text_files(
@@ -175,35 +191,78 @@ def stdlib_text(*, length: int = 256, eval_rows: int | None = 256, **options: An
     return documents(train, eval=held_out, length=length, eval_rows=eval_rows, name="stdlib", **options)
 
 
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Documents as one tokenizer cuts them; they are read, and numbered, when first asked for.
+
+    Args:
+        texts: the documents.
+        tokenizer: makes numbers of them.
+        length: tokens in a row.
+        folder: where the numbers are kept; None: in memory.
+    """
+
+    texts: Documents
+    tokenizer: Tokenizer
+    length: int
+    folder: str | None = None
+
+    @functools.cached_property
+    def corpus(self) -> Corpus:
+        return tokenised.read(self.texts, self.tokenizer, self.folder)
+
+    @functools.cached_property
+    def prompts(self) -> bool:
+        return conversational(self.texts)
+
+    def whole(self, document: int) -> slice:
+        """Where it lies in the corpus."""
+        start, stop = self.corpus.starts[document : document + 2]
+        return slice(int(start), int(stop))
+
+    def density(self, document: int) -> float:
+        """Bytes that each of its tokens stands for; spread evenly, as a tokenizer does not always say."""
+        where = self.whole(document)
+        return self.corpus.bytes[document] / (where.stop - where.start)
+
+    def row(self, pieces: Sequence[slice]) -> Record:
+        """A row that holds these parts of the corpus, each a document, as far as there is room."""
+        kinds = {"tokens": np.int32, "mask": np.uint8, "segment": np.int32} | ({"loss_mask": np.uint8} if self.prompts else {})
+        record: Record = {name: np.zeros(self.length, kind) for name, kind in kinds.items()}
+        filled = 0
+        for number, piece in enumerate(pieces, start=1):
+            piece = slice(piece.start, min(piece.stop, piece.start + self.length - filled))
+            own = slice(filled, filled + piece.stop - piece.start)
+            record["tokens"][own] = self.corpus.tokens[piece]
+            record["mask"][own] = 1
+            record["segment"][own] = number
+            if self.prompts:
+                record["loss_mask"][own] = True if self.corpus.counted is None else self.corpus.counted[piece]
+            filled = own.stop
+        return record
+
+    def __repr__(self) -> str:
+        return f"{self.texts!r}, tokenizer={self.tokenizer.fingerprint[:8]}, length={self.length}"
+
+
 class Text:
-    """A `Source` of rows; the documents are read, and numbered, when the first row is."""
+    """A `Source` of rows.
+
+    Args:
+        own: the student's view, by which rows are made.
+        layout: see `documents`.
+        teacher: another one of the same documents.
+        bytes: whether rows say how much of the text each token stands for.
+    """
 
     classes = None
 
-    def __init__(
-        self,
-        texts: Documents,
-        tokenizer: Tokenizer,
-        length: int,
-        layout: Layout = "stream",
-        folder: str | None = None,
-        *,
-        bytes: bool = False,
-    ):
-        self._texts, self._tokenizer, self._length, self._layout = texts, tokenizer, length, layout
-        self._folder, self._bytes = folder, bytes
-
-    @functools.cached_property
-    def _corpus(self) -> Corpus:
-        return tokenised.read(self._texts, self._tokenizer, self._folder)
-
-    @functools.cached_property
-    def _prompts(self) -> bool:
-        return conversational(self._texts)
+    def __init__(self, own: View, layout: Layout = "stream", *, teacher: View | None = None, bytes: bool = False):
+        self._own, self._layout, self._teacher, self._bytes = own, layout, teacher, bytes
 
     @functools.cached_property
     def _rows(self) -> Rows:
-        return Rows(self._corpus, self._length, self._layout)
+        return Rows(self._own.corpus, self._own.length, self._layout)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -212,35 +271,26 @@ class Text:
         return None
 
     def records(self, indices: Sequence[int]) -> list[Record]:
-        return [self._record(index) for index in indices]
+        return [self._record(self._rows[index]) for index in indices]
 
-    def _record(self, index: int) -> Record:
-        corpus, record = self._corpus, self.example()
-        filled = 0
-        for number, piece in enumerate(self._rows[index], start=1):
-            own = slice(filled, filled + piece.stop - piece.start)
-            record["tokens"][own] = corpus.tokens[piece.start : piece.stop]
-            record["mask"][own] = 1
-            record["segment"][own] = number
-            if self._prompts:
-                record["loss_mask"][own] = True if corpus.counted is None else corpus.counted[piece.start : piece.stop]
-            if self._bytes:
-                # Spread evenly: which token stands for how many bytes, a tokenizer does not always say.
-                document = corpus.starts[piece.document + 1] - corpus.starts[piece.document]
-                record["bytes"][own] = corpus.bytes[piece.document] / document
-            filled = own.stop
+    def _record(self, pieces: Sequence[Piece]) -> Record:
+        record = self._own.row([slice(piece.start, piece.stop) for piece in pieces])
+        if self._bytes:
+            record["bytes"] = np.zeros(self._own.length, np.float32)
+            for number, piece in enumerate(pieces, start=1):
+                record["bytes"][record["segment"] == number] = self._own.density(piece.document)
+        if self._teacher is not None:
+            theirs = self._teacher.row([self._teacher.whole(piece.document) for piece in pieces])
+            record |= {f"teacher_{name}": column for name, column in theirs.items()}
         return record
 
     def example(self) -> Record:
         """A row of padding: the text need not be on this machine."""
-        kinds: dict[str, Any] = {"tokens": np.int32, "mask": np.uint8, "segment": np.int32}
-        kinds |= {"loss_mask": np.uint8} if self._prompts else {}
-        kinds |= {"bytes": np.float32} if self._bytes else {}
-        return {name: np.zeros(self._length, kind) for name, kind in kinds.items()}
+        return self._record([])
 
     def __repr__(self) -> str:
-        said = f"{self._texts!r}, tokenizer={self._tokenizer.fingerprint[:8]}, length={self._length}, layout={self._layout}"
-        return f"Text({said})"
+        theirs = "" if self._teacher is None else f", teacher=({self._teacher!r})"
+        return f"Text({self._own!r}, layout={self._layout}{theirs})"
 
 
 class Spread:

@@ -45,8 +45,8 @@ class Tokenizer(Protocol):
 
     def encode_all(self, texts: Sequence[str], *, special: bool = False) -> list[np.ndarray]: ...
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The text without special tokens."""
+    def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
+        """The text; with ``special`` special tokens stand in it by their names."""
         ...
 
     def save(self, directory: str | Path) -> None:
@@ -73,8 +73,9 @@ class Bytes:
     def encode_all(self, texts: Sequence[str], *, special: bool = False) -> list[np.ndarray]:
         return [self.encode(text, special=special) for text in texts]
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        return bytes(int(token) for token in tokens if token < 256).decode(errors="replace")
+    def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
+        named = {self.end: _END.encode()} if special else {}
+        return b"".join(named.get(int(token), bytes([token]) if token < 256 else b"") for token in tokens).decode(errors="replace")
 
     def save(self, directory: str | Path) -> None:
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -171,8 +172,8 @@ class File:
     def encode_all(self, texts: Sequence[str], *, special: bool = False) -> list[np.ndarray]:
         return [np.asarray(one.ids, np.int32) for one in self._fast.encode_batch(list(texts), add_special_tokens=special)]
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        return self._fast.decode([int(token) for token in tokens], skip_special_tokens=True)
+    def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
+        return self._fast.decode([int(token) for token in tokens], skip_special_tokens=not special)
 
     def save(self, directory: str | Path) -> None:
         directory = Path(directory)

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from test_tokenizer import trained
 
 from jkd import data
 from jkd import tokens as token
 from jkd.data import corpus
-from jkd.data.text import Text
+from jkd.data.text import Text, View
 from jkd.data.texts import Listed, standard_library
 from jkd.data.tokenizer import Bytes
 from jkd.errors import InputError
@@ -144,14 +145,39 @@ def test_the_standard_library_is_split_by_file():
 def test_documents_say_what_they_are():
     assert repr(Listed(["a", "b"])) != repr(Listed(["ab", ""]))
     assert repr(Listed([("a", "b")])) != repr(Listed(["a", "b"]))
-    one = Text(Listed(["a"]), Bytes(), 8, "fit")
-    assert repr(one) == repr(Text(Listed(["a"]), Bytes(), 8, "fit"))
-    assert repr(one) != repr(Text(Listed(["a"]), Bytes(), 9, "fit"))
+    one = Text(View(Listed(["a"]), Bytes(), 8), "fit")
+    assert repr(one) == repr(Text(View(Listed(["a"]), Bytes(), 8), "fit"))
+    assert repr(one) != repr(Text(View(Listed(["a"]), Bytes(), 9), "fit"))
+    assert repr(one) != repr(Text(View(Listed(["a"]), Bytes(), 8), "fit", teacher=View(Listed(["a"]), Bytes(), 8)))
+
+
+@pytest.mark.parametrize("layout", ["fit", "pad"])
+def test_a_teacher_of_another_vocabulary_has_the_same_documents(layout, tmp_path):
+    words = trained(tmp_path)
+    talks = [("the quick", " brown fox"), ("the lazy dog", "a"), ("the lazy dog" * 3, " barks")]
+    made = data.documents(talks, length=24, layout=layout, teacher_tokenizer=words, teacher_length=9)
+    found = set()
+    for record in rows(made):
+        theirs = {name.removeprefix("teacher_"): column for name, column in record.items() if name.startswith("teacher_")}
+        assert {len(column) for column in theirs.values()} == {9}
+        np.testing.assert_array_equal(theirs["mask"], theirs["segment"] > 0)
+        for number in range(1, record["segment"].max() + 1):
+            views = [(Bytes(), record, record["segment"] == number), (words, theirs, theirs["segment"] == number)]
+            mine, other = (tokenizer.decode(row["tokens"][where]) for tokenizer, row, where in views)
+            assert mine.startswith(other) or other.startswith(mine)  # what does not fit a row is cut, on each side for itself
+            if mine == other:
+                answers = {codec.decode(row["tokens"][where & (row["loss_mask"] > 0)]) for codec, row, where in views}
+                assert len(answers) == 1
+                found.add(mine)
+    assert found >= {"the quick brown fox"}
+    assert made.train.example().keys() == rows(made)[0].keys()
 
 
 MISTAKES = {
     "length=1": lambda: data.documents(["a"], length=1),
     "eval_rows=0": lambda: data.documents(["a"], eval=["b"], length=4, eval_rows=0),
+    "teacher_length=1": lambda: data.documents(["a"], length=4, teacher_length=1),
+    "with a teacher_tokenizer give 'fit' or 'pad'": lambda: data.documents(["a"], length=4, teacher_tokenizer=Bytes()),
     "layout='rows'": lambda: rows(data.documents(["a"], length=4, layout="rows")),
     "no documents": lambda: rows(data.documents([], length=4)),
     "is empty": lambda: rows(data.documents(["", ""], length=4)),

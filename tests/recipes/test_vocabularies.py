@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +11,19 @@ import pytest
 import small
 import tiny
 from scipy.special import log_softmax, softmax
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
-from jkd import optim
+import jkd
+from jkd import data, models, optim
 from jkd.errors import InputError
 from jkd.recipes import ULD, TokenKD
 from jkd.recipes.vocabularies import counterparts
 from jkd.resolve import make_context
 
 MINE, THEIRS = 7, 11
+TALKS = [f"the {one} {what} the {other}" for one in ("dog", "fox") for what in ("sees", "hears") for other in ("owl", "cat")]
 
 
 def texts(rows: int = 8, *, seed: int = 0) -> dict:
@@ -101,3 +108,22 @@ def test_a_recipe_of_one_vocabulary_still_refuses_two():
     sides = dict(student=small.student(kind=small.chain), teacher=small.teacher(kind=small.chain, vocab=THEIRS))
     with pytest.raises(InputError, match="the teacher has 11 classes, the student 7: TokenKD"):
         make_context(tiny.run(recipe=TokenKD(), batch_size=8, **sides), texts())
+
+
+@pytest.mark.slow
+def test_a_teacher_of_another_vocabulary_teaches_from_text(tmp_path):
+    """From files to evaluation: bytes for the student, half as many tokens for its teacher."""
+    pieces = Tokenizer(BPE())
+    pieces.train_from_iterator(TALKS, BpeTrainer(vocab_size=60, special_tokens=["<end>"], show_progress=False))
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    words = data.tokenizer.File(tmp_path)
+    text = data.documents(TALKS, eval=TALKS, length=40, layout="fit", teacher_tokenizer=words, teacher_length=24)
+    shape = dict(dim=8, depth=1, heads=2, hidden=16, remat=None)
+    student, teacher = (models.decoder.Config(vocab=codec.size, **shape) for codec in (text.tokenizer, words))
+    own = dataclasses.replace(teacher.build(), tokenizer=words.fingerprint)
+    shared = dict(student=student, recipe=ULD(), data=text, optimizer=optim.sgd(0.1), batch_size=8, steps=2)
+    found = jkd.train(jkd.Run(teacher=tiny.weights(own), **shared)).metrics
+    assert np.isfinite(found["bits_per_byte"])
+    assert "agreement" not in found
+    with pytest.raises(InputError, match="tokenizers of teacher_tokenizer .* and teacher .* differ"):
+        jkd.train(jkd.Run(teacher=dataclasses.replace(tiny.weights(own), tokenizer="b" * 64), **shared))
