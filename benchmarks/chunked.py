@@ -134,42 +134,47 @@ class AtOnce(recipes.TokenKD):
         }
 
 
-def step(name: str, shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
-    def network(dim: int) -> Any:
-        heads = max(1, dim // 64)
-        config = models.decoder.Config(vocab=shape.vocab, dim=dim, depth=shape.depth, heads=heads, hidden=4 * dim)
-        return config.build()
+def network(dim: int, shape: Shape) -> jkd.Model:
+    heads = max(1, dim // 64)
+    return models.decoder.Config(vocab=shape.vocab, dim=dim, depth=shape.depth, heads=heads, hidden=4 * dim).build()
 
-    rng = np.random.default_rng(0)
-    text = rng.integers(0, shape.vocab, (shape.rows, shape.time)).astype(np.int32)
-    batch = {"tokens": text, "weight": np.ones(shape.rows, np.float32), "index": np.arange(shape.rows, dtype=np.int32)}
-    teacher = network(shape.teacher)
-    teacher = teacher.with_weights(*teacher.init(jax.random.key(1)))
-    programs, calls = [], []
+
+def text(shape: Shape) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, shape.vocab, (shape.rows, shape.time)).astype(np.int32)
+
+
+def stepping(recipe: jkd.Recipe, shape: Shape, dtype: str) -> tuple[Any, Callable[[], Any]]:
+    """The step of two decoders as a compiled program, and a call that does the next one."""
+    teacher = network(shape.teacher, shape)
+    run = jkd.Run(
+        student=network(shape.student, shape),
+        teacher=teacher.with_weights(*teacher.init(jax.random.key(1))),
+        recipe=recipe,
+        optimizer=optim.adamw(1e-4),
+        steps=1000,
+        batch_size=shape.rows,
+        compute_dtype=dtype,
+    )
+    index = np.arange(shape.rows, dtype=np.int32)
+    batch = {"tokens": text(shape), "weight": np.ones(shape.rows, np.float32), "index": index}
+    ctx = jkd.make_context(run, batch, train_size=shape.rows, devices=jax.devices()[:1])
+    state, frozen = jkd.init_state(ctx, jax.random.key(0))
+    rows = jkd.put_batch(batch, ctx.mesh)
+    program = jkd.make_step(ctx).lower(state, frozen, rows).compile()
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = program(state, frozen, rows)
+        return metrics
+
+    return program, call
+
+
+def step(name: str, shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
     divergence, whole = RECIPES[name]
     mixed = dict(divergence=divergence, weight=0.9, task_weight=0.1)
-    for recipe in (recipes.TokenKD(**mixed), AtOnce(**mixed, whole=whole)):
-        run = jkd.Run(
-            student=network(shape.student),
-            teacher=teacher,
-            recipe=recipe,
-            optimizer=optim.adamw(1e-4),
-            steps=1000,
-            batch_size=shape.rows,
-            compute_dtype=dtype,
-        )
-        ctx = jkd.make_context(run, batch, train_size=shape.rows, devices=jax.devices()[:1])
-        state, frozen = jkd.init_state(ctx, jax.random.key(0))
-        rows = jkd.put_batch(batch, ctx.mesh)
-        made = jkd.make_step(ctx).lower(state, frozen, rows).compile()
-        programs.append(made)
-        kept = [state]
-
-        def call(made: Any = made, kept: list[Any] = kept, frozen: Any = frozen, rows: Any = rows) -> Any:
-            kept[0], metrics = made(kept[0], frozen, rows)
-            return metrics
-
-        calls.append(call)
+    both = recipes.TokenKD(**mixed), AtOnce(**mixed, whole=whole)
+    programs, calls = zip(*(stepping(recipe, shape, dtype) for recipe in both), strict=True)
     return {"step": name, **paired(*calls, rounds), **memory(*programs)}
 
 

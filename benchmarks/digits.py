@@ -1,4 +1,4 @@
-"""Trains configs/digits.py over several seeds and writes what it measured: JSON here, the table in the README.
+"""Trains configs/digits.py over several seeds and writes what it measured: JSON here, the table and the picture in the README.
 
 python benchmarks/digits.py            # five seeds, several minutes
 python benchmarks/digits.py --render   # the README's table from the JSON that is there
@@ -16,24 +16,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "digits.json"
-README = ROOT / "README.md"
+README, PICTURE = ROOT / "README.md", ROOT / "docs" / "digits.png"
 ROWS = ("teacher", "control", "student")
 
 
 def measure(seeds: int) -> dict:
-    """Summaries of every seed, with what they were measured on."""
+    """Summaries of every seed, with what they were measured on; draws them too."""
     import jax
+    from etils import epath
 
     import jkd
-    from jkd import configfile, provenance
+    from jkd import configfile, provenance, report
 
     config = configfile.load(ROOT / "configs" / "digits.py")
     found = []
-    for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as workdir:
-            experiment = configfile.resolve(config, [f"seed={seed}"])
-            found.append(jkd.train(experiment, workdir).summary)
-        print(json.dumps({"seed": seed, **{name: found[-1][name]["accuracy"] for name in ROWS}}), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        workdirs = [epath.Path(folder) / str(seed) for seed in range(seeds)]
+        for seed, workdir in enumerate(workdirs):
+            found.append(jkd.train(configfile.resolve(config, [f"seed={seed}"]), workdir).summary)
+            print(json.dumps({"seed": seed, **{name: found[-1][name]["accuracy"] for name in ROWS}}), flush=True)
+        PICTURE.write_bytes(report.png(report.compare(report.read(workdirs))))
     return {
         "command": "python benchmarks/digits.py",
         "device": _device(jax.devices()[0]),

@@ -127,6 +127,12 @@ def test_the_results_are_those_that_were_measured():
     assert labelled["control"] == labelled["student"] <= 0.1
 
 
+def test_the_tables_of_benchmarks_are_those_that_were_measured():
+    made = benchmark("page")
+    page = made.PAGE.read_text()
+    assert made.written(page) == page, "run: python benchmarks/page.py --render"
+
+
 def test_the_page_of_methods_shows_what_was_measured_and_who_loses():
     methods = benchmark("digits_methods")
     results = json.loads(methods.RESULTS.read_text())

@@ -14,10 +14,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("vision jkd --cached", "vision plain"), ("lm jkd", "lm plain")],
+    [("kd_step.py vision jkd --cached", "kd_step.py vision plain"), ("lm_step.py", "kd_step.py lm plain")],
 )
-def test_the_step_of_the_engine_beside_one_written_by_hand(first, second):
-    workers = [f"{sys.executable} {BENCHMARKS / 'kd_step.py'} {which} --tiny" for which in (first, second)]
+def test_workers_step_in_turn(first, second):
+    workers = [f"{sys.executable} {BENCHMARKS / which} --tiny" for which in (first, second)]
     # one device, as for users: the tests' own processes have eight
     flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
     inherited = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "XLA_FLAGS": flags}
