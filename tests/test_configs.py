@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from jkd import configfile
+from jkd import configfile, teachers
+from jkd.cache import Cache, filling
 from jkd.config import Experiment, Run, dependencies
-from jkd.resolve import make_context
+from jkd.resolve import build, make_context
 from jkd.state import state_shapes, step_shapes
 from jkd.step import make_step
 
@@ -38,11 +40,28 @@ def test_config_traces(path):
         run = dataclasses.replace(node, teacher=earlier[node.teacher]) if isinstance(node.teacher, str) else node
         run = configfile.shrink(Experiment(made=run)).nodes["made"] if made else run
         ctx = make_context(run)
+        if isinstance(run.teacher, Cache):
+            assert filled(run.teacher, ctx, earlier) == {name: leaf.shape for name, leaf in read(ctx.batch["teacher"]).items()}
         earlier[name] = ctx.student
         # of these shapes make_step has the trace already
         state, metrics = make_step(ctx).eval_shape(*step_shapes(ctx))
         assert metrics["loss"].shape == ()
         assert jax.tree.structure(state) == jax.tree.structure(state_shapes(ctx))
+
+
+def filled(cache, ctx, earlier):
+    """Shapes of what the teacher's answers to a batch are kept as; the codec must be of this teacher's classes."""
+    teacher = teachers.named(cache.teacher, earlier) if isinstance(cache.teacher, str) else build(cache.teacher)
+    batch = {name: leaf for name, leaf in ctx.raw_batch.items() if name != "teacher"}
+    draws = jax.ShapeDtypeStruct(batch["weight"].shape, np.uint32)
+    found = filling.program(cache.codec, teacher, ctx.run, ctx.mesh).eval_shape(teacher.params, teacher.buffers, batch, draws)
+    return {name: leaf.shape for name, leaf in found.items()}
+
+
+def read(answer):
+    """Arrays of a cache's answer by the names that its codec has for them."""
+    sparse = answer.heads.get("topk", answer.heads.get("sampled"))
+    return {"logits": answer.logits} if sparse is None else sparse
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -1,9 +1,12 @@
 """`jkd data`: texts with what counts, images as both sides see them."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
+import pytest
+import tokenizers
 from PIL import Image
 
 from jkd import Experiment, Run, data, models, optim, recipes
@@ -25,6 +28,8 @@ def test_what_is_counted_of_a_text_is_marked():
             one=Run(student=model, data=packed, **SHARED),
             two=Run(student=model, data=packed, **SHARED),
             three=Run(student=model, data=plain, **SHARED),
+            four=lambda one: Run(student=model, data=plain, **SHARED),
+            five=Run(student=model, **SHARED),
         ),
         rows=1,
     )
@@ -33,10 +38,38 @@ def test_what_is_counted_of_a_text_is_marked():
     assert lines[0] == "one: documents, 1 to train on, 0 to evaluate on"
     # a row holds both; an end of text is counted with the completion, and shows as what it is
     assert "  of 48 real tokens in this batch 16 are counted (33%)" in lines
-    assert sorted(line.strip() for line in lines if "«" in line and "=" in line) == ["1+1=«2»", "2+2=«4»"]
+    assert sorted(line.strip() for line in lines if "«" in line and "=" in line) == ["1+1=«2<|end|>»", "2+2=«4<|end|>»"]
     assert "two: as one" in lines
     # the first token is predicted from nothing
-    assert "    a«ll of it»" in lines
+    assert "    a«ll of it<|end|>»" in lines
+    # no run of the experiment is passed over in silence
+    assert any(re.match("four: a function, .*<lambda>; a run that it makes is known when it has run", line) for line in lines)
+    assert "five: no data" in lines
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        ("<|im_start|>A:{{ m.content }}<|im_end|>", "<|im_start|>A:«yes<|im_end|>»"),
+        ("<|im_start|>A:{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>", "<|im_start|>A:«yes»<|im_end|>"),
+    ],
+    ids=["counts the end of the turn", "forgets it"],
+)
+def test_whether_the_end_of_a_turn_is_counted_can_be_seen(template, shown, tmp_path):
+    special = {"<|im_start|>": 0, "<|im_end|>": 1}
+    letters = {letter: number for number, letter in enumerate(sorted(set("U:hiA:yes")), start=2)}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(special | letters, []))
+    fast.decoder = tokenizers.decoders.Fuse()
+    fast.add_special_tokens(list(special))
+    fast.save(str(tmp_path / "tokenizer.json"))
+    whole = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + template + "{% else %}<|im_start|>U:{{ m.content }}<|im_end|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>A:{% endif %}"
+    )
+    talk = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}]
+    made = data.documents(talk, tokenizer=data.tokenizer.File(tmp_path), template=whole, length=32, layout="pad")
+    text, _ = show(Experiment(one=Run(student=models.mlp.Config(features=4, classes=2), data=made, **SHARED)), rows=1)
+    assert text.splitlines()[-1].strip() == "<|im_start|>U:hi<|im_end|>" + shown
 
 
 def test_the_sheet_has_every_side_of_every_example(tmp_path):

@@ -19,16 +19,16 @@ HERE = Path(__file__).parent
 DEVICES = 4
 
 
-def launch(count: int, out: Path) -> dict[str, np.ndarray]:
+def launch(count: int, out: Path, *cases: str) -> dict[str, np.ndarray]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-    command = [sys.executable, str(HERE / "two_processes.py")]
+    command = [sys.executable, str(HERE / "several_processes.py")]
     processes = [
         subprocess.Popen(
-            [*command, str(number), str(count), address, str(out)],
+            [*command, str(number), str(count), address, str(out), *cases],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -46,25 +46,30 @@ def launch(count: int, out: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_update_that_one_makes(tmp_path):
-    one, two = (launch(count, tmp_path / f"{count}.npz") for count in (1, 2))
-    assert one.keys() == two.keys()
+def test_two_and_four_processes_make_the_update_that_one_makes(tmp_path):
+    cases = {1: ("data", "fsdp", "mixup and BatchNorm"), 2: ("data", "fsdp", "mixup and BatchNorm"), 4: ("fsdp",)}
+    found = {count: launch(count, tmp_path / f"{count}.npz", *names) for count, names in cases.items()}
+    assert found[1].keys() == found[2].keys() > found[4].keys() > {"fsdp/loss0/loss"}
 
     def part(found, case, when):
         leaves = [value.ravel().astype(np.float64) for name, value in found.items() if name.startswith(f"{case}/{when}")]
         return np.concatenate(leaves)
 
-    for case in ("data", "fsdp", "mixup and BatchNorm"):
-        np.testing.assert_array_equal(part(two, case, "start"), part(one, case, "start"))
-        found, wanted = (part(run, case, "first") - part(run, case, "start") for run in (two, one))
-        assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted), case
-        found, wanted = part(two, case, "end"), part(one, case, "end")
-        assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted), case
-        np.testing.assert_allclose(part(two, case, "loss"), part(one, case, "loss"), rtol=2e-5)
-    # both wrote their own rows' answers into one cache: the same as one would
-    readers = [cache.Reader(tmp_path / f"{count}.npz.cache") for count in (1, 2)]
-    assert [len(reader) for reader in readers] == [44, 44]
-    assert {path.name[:11] for path in (tmp_path / "2.npz.cache").glob("shard-*")} == {"shard-00000", "shard-00001"}
     keys = keys_of({"image": tiny.batch(44)["image"]}, ("image",))
-    found, wanted = (reader.answers(reader.rows(keys))["logits"] for reader in readers)
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    readers = {count: cache.Reader(tmp_path / f"{count}.npz.cache") for count in cases}
+    answers = {count: reader.answers(reader.rows(keys))["logits"] for count, reader in readers.items()}
+    one = found[1]
+    for count in (2, 4):
+        several = found[count]
+        for case in cases[count]:
+            np.testing.assert_array_equal(part(several, case, "start"), part(one, case, "start"))
+            moved, wanted = (part(run, case, "first") - part(run, case, "start") for run in (several, one))
+            assert np.linalg.norm(moved - wanted) < 1e-5 * np.linalg.norm(wanted), case
+            ended, wanted = part(several, case, "end"), part(one, case, "end")
+            assert np.linalg.norm(ended - wanted) < 1e-5 * np.linalg.norm(wanted), case
+            np.testing.assert_allclose(part(several, case, "loss"), part(one, case, "loss"), rtol=2e-5)
+        # each wrote its own rows' answers into one cache: the same as one would
+        assert len(readers[count]) == 44
+        shards = {path.name[:11] for path in (tmp_path / f"{count}.npz.cache").glob("shard-*")}
+        assert shards == {f"shard-{number:05d}" for number in range(count)}
+        np.testing.assert_allclose(answers[count], answers[1], atol=1e-5)

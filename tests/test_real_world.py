@@ -52,7 +52,7 @@ def published(family, directory):
 def lived(config, run="student", **parameters):
     """`jkd data`, `train`, `report` and `export` of a config of this repository, and what the exported directory holds."""
     sets = [part for name, value in parameters.items() for part in ("--set", f"{name}={value}")]
-    path = str(ROOT / "configs" / f"{config}.py")
+    path = config if config.endswith(".py") else str(ROOT / "configs" / f"{config}.py")
     assert main(["data", path, *sets, "--rows", "1"]) == 0
     assert main(["train", path, *sets, "--workdir", "w"]) == 0
     assert main(["report", "w"]) == 0
@@ -76,6 +76,18 @@ def test_own_networks(capsys):
     image = next(data.digits().eval_batches(3))["image"]
     assert answers({"image": image})["logits"].shape == (3, 10)
     assert "control" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_equinox_modules_as_their_page_brings_them_in():
+    pytest.importorskip("equinox")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "equinox.md").read_text(), re.S)
+    Path("mine.py").write_text("\n".join(blocks))
+    found = lived("mine.py", steps=12, batch_size=64)
+    assert 0 <= found["agreement"] <= 1
+    assert sorted(load_file("out/model.safetensors"))[0] == "params/layers.0.bias"
+    image = next(data.digits().eval_batches(3))["image"]
+    assert answers({"image": image})["logits"].shape == (3, 10)
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ def test_bytes():
     assert tokens.dtype == np.int32
     assert codec.decode(codec.encode(TEXT, special=True)) == TEXT
     assert (codec.size, codec.begin, codec.end, codec.encode("a", special=True)[-1]) == (257, None, 256, 256)
+    assert codec.decode(codec.encode(TEXT, special=True), special=True) == TEXT + "<|end|>"
     assert codec.decode([0xC3]) == "\ufffd"  # half a letter
     assert [len(one) for one in codec.encode_all(["a", "bc", ""])] == [1, 2, 0]
 
@@ -52,6 +53,7 @@ def test_a_file(tmp_path):
     file = trained(tmp_path / "a", config=config)
     assert (file.begin, file.end, file.size) == (0, 1, 280)
     assert file.decode([0, *file.encode("the fox"), 1]) == "the fox"
+    assert file.decode([0, *file.encode("the fox"), 1], special=True) == "<s>the fox</s>"
     assert len(file.encode("the quick")) < 4
     for one, other in zip(file.encode_all(["the", "lazy fox"]), ("the", "lazy fox"), strict=True):
         np.testing.assert_array_equal(one, file.encode(other))

@@ -1,4 +1,4 @@
-"""One of several processes that train together; started by test_processes.py: two_processes.py PROCESS COUNT ADDRESS OUT."""
+"""One of several processes that train together; started by test_processes.py: PROCESS COUNT ADDRESS OUT CASE…"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import jax
 
 
-def main(process: int, count: int, address: str, out: str) -> None:
+def main(process: int, count: int, address: str, out: str, *wanted: str) -> None:
     if count > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, count, process)
@@ -37,7 +37,8 @@ def main(process: int, count: int, address: str, out: str) -> None:
             augment=(augment.Mixup(0.8, classes=tiny.CLASSES),),
         ),
     }
-    for name, fields in cases.items():
+    for name in wanted:
+        fields = cases[name]
         run = tiny.run(optimizer=optim.sgd(tiny.FIRST_STEP, momentum=0.9), ema=Ema(decay=0.5), **fields)
         ctx = make_context(run, tiny.batch())
         state, frozen = init_state(ctx, jax.random.key(0))
@@ -65,4 +66,4 @@ def whole(multihost_utils, tree):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
