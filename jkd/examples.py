@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkd import tokens, trees
+from jkd import codehash, tokens, trees
 from jkd.config import Experiment, Run
 from jkd.context import augment
 from jkd.data import Data
@@ -40,7 +40,11 @@ def show(experiment: Experiment, rows: int = 4) -> tuple[str, bytes | None]:
     """
     parts, sheets, shown = [], dict[str, Lines](), dict[Any, str]()
     for name, run in experiment.nodes.items():
-        if not isinstance(run, Run) or run.data is None:
+        if not isinstance(run, Run):
+            parts.append(f"{name}: a function, {codehash.name(run)}; a run that it makes is known when it has run, not now")
+            continue
+        if run.data is None:
+            parts.append(f"{name}: no data")
             continue
         sides = _sides(run, experiment) if "image" in run.data.spec(run.batch_size) else {}
         key = (id(run.data), run.batch_size, run.seed, tuple(map(id, run.augment)), repr(sides))
@@ -104,8 +108,8 @@ def _marked(data: Data, numbers: np.ndarray, real: np.ndarray, counted: np.ndarr
 def _decoded(data: Data, numbers: np.ndarray) -> str:
     if data.tokenizer is None:
         return " ".join(map(str, numbers)) + " "
-    text = data.tokenizer.decode(numbers)
-    return text or ("<special>" if len(numbers) else "")
+    # special tokens are shown: whether the end of a turn is counted is half of what is looked for
+    return data.tokenizer.decode(numbers, special=True)
 
 
 def _sides(run: Run, experiment: Experiment) -> Sides:

@@ -74,8 +74,8 @@ class Bytes:
         return [self.encode(text, special=special) for text in texts]
 
     def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
-        named = {self.end: _END.encode()} if special else {}
-        return b"".join(named.get(int(token), bytes([token]) if token < 256 else b"") for token in tokens).decode(errors="replace")
+        end = _END.encode() if special else b""
+        return b"".join(bytes([token]) if token < 256 else end for token in tokens).decode(errors="replace")
 
     def save(self, directory: str | Path) -> None:
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
