@@ -137,6 +137,8 @@ def test_a_data_worker_that_dies_is_told_and_nobody_waits_for_it():
         list(itertools.islice(rows, 100))  # what lay ready comes first
 
 
+# what the storage library still says to the event loop of a save that failed, is said to a closed one
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(tmp_path):
     """A limit on the size of files stands for the full disk. Metrics that could not be written then are written later."""
     workdir, limits, told = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE), []
