@@ -8,30 +8,13 @@ on all hosts, and is not in memory while the student learns: about 210 bytes a t
 (a server of the same weights) is read in the same way. Measured here: not yet.
 """
 
-from jkd import Experiment, MeshShape, Run, cache, data, models, optim, recipes, schedules
-from jkd.models.rope import Rope
+import dataclasses
 
-QWEN3 = dict(
-    vocab=151_936, tokens=151_669, kv_heads=8, head_dim=128, query_norm=True, tied=True, rope=Rope(theta=1e6), length=40_960
-)
-SHAPES = {
-    "4B": models.decoder.Config(dim=2560, depth=36, heads=32, hidden=9728, **QWEN3),
-    "0.6B": models.decoder.Config(dim=1024, depth=28, heads=16, hidden=3072, **QWEN3),
-}
-# the heads are the embeddings: there is no other matrix for the last rule
-RULES = tuple(rule for rule in models.decoder.RULES if rule[0] != "head/kernel")
+from jkd import Experiment, cache, configfile, recipes
 
-
-def text(directory, length, data_dir, folder):
-    """C4 in whole rows, numbered by the student's tokenizer."""
-    tokenizer = data.tokenizer.File(directory) if directory else None
-    places = dict(split="train", eval_split="validation", data_dir=data_dir, folder=folder)
-    return data.tfds_text("c4/en", **places, length=length, eval_rows=512, tokenizer=tokenizer)
-
-
-def network(directory, size, mesh):
-    """The published weights, each device its part; without a directory the shapes alone."""
-    return models.Pretrained(directory=directory, mesh=mesh, rules=RULES) if directory else SHAPES[size]
+online = configfile.load("qwen3_4b_to_0p6b")
+TOKENS = 151_669
+"""What the teacher tells apart: the tokenizer's numbers, not the rows that only pad its head."""
 
 
 def config(
@@ -50,23 +33,9 @@ def config(
     folder="tokens",
     answers="caches/qwen3-4b",
 ):
-    mesh = MeshShape(data=1, fsdp=-1, tensor=tensor)
-    kept = cache.Cache(path=answers, codec=cache.TopK(k=k, vocab=151_936, values="uint8"), teacher=network(teacher, "4B", mesh))
-    return Experiment(
-        student=Run(
-            student=network(student, "0.6B", mesh),
-            teacher=kept,
-            recipe=recipes.TopKKD(k=k, weight=1 - task_weight, task_weight=task_weight),
-            data=text(student, length, data_dir, folder),
-            optimizer=optim.adamw(schedules.WarmupCosine(1e-4, warmup=0.02), weight_decay=0.1, clip=1.0),
-            steps=steps,
-            batch_size=batch_size,
-            microbatches=microbatches,
-            compute_dtype="bfloat16",
-            teacher_dtype="bfloat16",
-            mesh=mesh,
-            rules=RULES,
-            seed=seed,
-            evaluate_every=0.1,
-        )
-    )
+    networks = dict(teacher=teacher, student=student, tensor=tensor)
+    text = dict(length=length, data_dir=data_dir, folder=folder)
+    run = online(**networks, **text, seed=seed, steps=steps, batch_size=batch_size, microbatches=microbatches).nodes["student"]
+    kept = cache.Cache(path=answers, codec=cache.TopK(k=k, vocab=TOKENS, values="uint8"), teacher=run.teacher)
+    recipe = recipes.TopKKD(k=k, weight=1 - task_weight, task_weight=task_weight)
+    return Experiment(student=dataclasses.replace(run, teacher=kept, teacher_rules=(), recipe=recipe))

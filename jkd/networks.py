@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jkd import schedules, sharding, tokens, trees
-from jkd.config import StudentEma
+from jkd.config import Run, StudentEma
 from jkd.context import Context, augment, to_compute
 from jkd.errors import InputError
 from jkd.recipe import Models
@@ -89,11 +90,9 @@ def _call(
         params, buffers, specs = model.params, model.buffers, subtree(specs, part)
 
     def run(params: Tree, buffers: Tree, batch: Any) -> tuple[Outputs, Tree]:
-        later = tuple(f"{stack}/*" for stack in model.stacked)
-        params = sharding.at_use(params, specs, ctx.mesh, jnp.dtype(ctx.run.compute_dtype), later=later)
-        # the mesh is for kernels that XLA cannot split
-        with jax.sharding.use_abstract_mesh(ctx.mesh.abstract_mesh), sharding.storing(specs, ctx.mesh):
-            outputs, new = model.apply(params, buffers, to_compute(ctx.run, batch), taps=taps, train=train, key=key)
+        outputs, new = applied(
+            model, params, buffers, batch, run=ctx.run, specs=specs, mesh=ctx.mesh, taps=taps, train=train, key=key
+        )
         return outputs, jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), new, buffers)
 
     if ctx.run.remat is not None and train:
@@ -103,6 +102,22 @@ def _call(
     if group == "teacher" and ctx.recipe.teacher_gradient == "stop" and "teacher" not in ctx.groups:
         outputs = jax.lax.stop_gradient(outputs)
     return outputs, models.buffers.get(group, {}) if part else buffers
+
+
+def applied(
+    model: Model, params: Tree, buffers: Tree, batch: Any, *, run: Run, specs: Tree, mesh: Mesh, **options: Any
+) -> tuple[Outputs, Tree]:
+    """``model.apply`` as every program of a run calls it: weights cast and gathered at use, stacked layers one at a time.
+
+    Args:
+        specs: where the parameters are stored on the mesh.
+        **options: of ``apply``.
+    """
+    later = tuple(f"{stack}/*" for stack in model.stacked)
+    params = sharding.at_use(params, specs, mesh, jnp.dtype(run.compute_dtype), later=later)
+    # the mesh is for kernels that XLA cannot split
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), sharding.storing(specs, mesh):
+        return model.apply(params, buffers, to_compute(run, batch), **options)
 
 
 def gathered(ctx: Context, params: Mapping[str, Tree]) -> dict[str, Tree]:

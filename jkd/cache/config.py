@@ -13,7 +13,7 @@ from jkd.errors import InputError
 class Cache:
     """As a run's teacher: the answers that a teacher gave once, on disk.
 
-        answers = cache.Cache(path="caches/qwen3-4b", codec=cache.TopK(k=64, vocab=151_936), teacher="teacher")
+        answers = cache.Cache(path="caches/qwen3-4b", codec=cache.TopK(k=64, vocab=151_669), teacher="teacher")
         student = Run(student=…, teacher=answers, recipe=recipes.TopKKD(k=64), …)
 
     ``jkd cache CONFIG`` fills it with the answers to the run's own data; ``jkd train`` does so first where it is not finished. An

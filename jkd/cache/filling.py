@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkd import sharding, sparse, teachers, trees
+from jkd import networks, sharding, sparse, teachers, tokens, trees
 from jkd.cache import manifest
 from jkd.cache.codec import Codec
 from jkd.cache.config import Cache
@@ -23,7 +23,7 @@ from jkd.cache.topk import TopK
 from jkd.cache.training import Answers, inputs_of, keys_of
 from jkd.cache.writer import Writer
 from jkd.config import Ensemble, Run
-from jkd.context import Context, to_compute
+from jkd.context import Context
 from jkd.errors import InputError
 from jkd.resolve import build
 from jkd.types import Array, Batch, Model, Outputs
@@ -32,8 +32,14 @@ _REPORT_S = 10.0
 
 
 def ready(
-    cache: Cache, ctx: Context, earlier: Mapping[str, Any], report: Callable[[str], None], *, whole: bool = False
-) -> None:
+    cache: Cache,
+    ctx: Context,
+    earlier: Mapping[str, Any],
+    report: Callable[[str], None],
+    *,
+    whole: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """Makes sure that a run's cache is finished, of this teacher, and whole; fills it where it is not and the teacher is known.
 
     Args:
@@ -42,6 +48,10 @@ def ready(
         earlier: artifacts of the nodes before.
         report: gets a line now and then.
         whole: look through all examples even where the cache is finished, and add what it lacks.
+        stop: asked after each batch, by all hosts alike, whether to leave it at that; the next call goes on from there.
+
+    Returns:
+        Whether it is ready; False where it was told to stop.
 
     Raises:
         InputError: another teacher, tokenizer or codec; not finished and no teacher to ask; damaged; it lacks an example that
@@ -66,8 +76,8 @@ def ready(
         )
         if cache.fingerprint not in (None, expected.teacher):
             raise InputError(f"Cache.fingerprint = {cache.fingerprint!r}: Cache.teacher is {expected.teacher!r}")
-        if fills:
-            fill(Path(cache.path), expected, teacher, run, ctx.mesh, report)
+        if fills and not fill(Path(cache.path), expected, teacher, run, ctx.mesh, report, stop):
+            return False
     reader = answers.open()
     found = reader.facts
     if expected is None:
@@ -79,6 +89,7 @@ def ready(
             f"cache {cache.path} is of tokenizer {found.tokenizer}, student {ctx.student.name} of {own}: its answers are about other "
             "tokens; recipes for other vocabularies (ULD) need the teacher itself"
         )
+    return True
 
 
 def fingerprint(model: Model) -> str:
@@ -87,10 +98,22 @@ def fingerprint(model: Model) -> str:
     return f"{model.name} {manifest.digest(chr(10).join(parts))}"
 
 
-def fill(folder: Path, facts: Facts, teacher: Model, run: Run, mesh: Any, report: Callable[[str], None]) -> None:
-    """Adds the answers that a cache lacks, each host those to its own rows of every batch, and seals it."""
+def fill(
+    folder: Path,
+    facts: Facts,
+    teacher: Model,
+    run: Run,
+    mesh: Any,
+    report: Callable[[str], None],
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Adds the answers that a cache lacks, each host those to its own rows of every batch, and seals it.
+
+    Returns:
+        Whether it got to the end; False where ``stop`` said so before. What was added by then stays.
+    """
     index, count = jax.process_index(), jax.process_count()
-    ask = _program(facts.codec, teacher, run, mesh)
+    ask = _asking(facts.codec, teacher, run, mesh)
     writer = Writer(
         folder, facts.codec, inputs=facts.inputs, teacher=facts.teacher, tokenizer=facts.tokenizer, host=(index, count)
     )
@@ -107,6 +130,10 @@ def fill(folder: Path, facts: Facts, teacher: Model, run: Run, mesh: Any, report
         if time.monotonic() - told > _REPORT_S:
             told = time.monotonic()
             report(f"cache {folder}: {len(writer):,} answers{f' of {total:,}' if count == 1 else ' on this host'}")
+        if stop():
+            writer.flush()
+            report(f"cache {folder}: stopped at {len(writer):,} answers{'' if count == 1 else ' on this host'}, which are kept")
+            return False
     writer.flush()
     _together(f"filled {folder}")
     if index == 0:
@@ -117,6 +144,7 @@ def fill(folder: Path, facts: Facts, teacher: Model, run: Run, mesh: Any, report
             f"{size / max(1, body['examples']):,.1f} bytes each; teacher: {facts.teacher}"
         )
     _together(f"sealed {folder}")
+    return True
 
 
 def _passes(codec: Codec, run: Run, process: tuple[int, int]) -> Iterator[tuple[int, Batch]]:
@@ -133,30 +161,38 @@ def _passes(codec: Codec, run: Run, process: tuple[int, int]) -> Iterator[tuple[
             yield total, batch
 
 
-def _program(codec: Codec, teacher: Model, run: Run, mesh: Any) -> Callable[[Batch, np.ndarray], dict[str, np.ndarray]]:
+def _asking(codec: Codec, teacher: Model, run: Run, mesh: Any) -> Callable[[Batch, np.ndarray], dict[str, np.ndarray]]:
     """``ask(batch, draws) -> answers`` of this host's rows, NumPy; ``draws`` are numbers that random draws are made from."""
-    shapes = jax.eval_shape(lambda tree: tree, teacher.params)
-    specs = sharding.parameter_specs(shapes, mesh, run.teacher_rules)
-    kept, used = jnp.dtype(run.teacher_dtype), jnp.dtype(run.compute_dtype)
+    kept = jnp.dtype(run.teacher_dtype)
     cast = jax.tree.map(lambda leaf: leaf.astype(kept) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, teacher.params)
-    params = sharding.put(cast, sharding.shardings(specs, mesh))
+    params = sharding.put(cast, sharding.shardings(_specs(teacher, run, mesh), mesh))
     everywhere = jax.tree.map(lambda _: jax.P(), teacher.buffers)
     buffers = sharding.put(teacher.buffers, sharding.shardings(everywhere, mesh))
-    taps = tuple(getattr(codec, "taps", ()))
-
-    def answer(params: Any, buffers: Any, batch: Batch, draws: Array) -> dict[str, Array]:
-        params = sharding.at_use(params, specs, mesh, used)
-        outputs, _ = teacher.apply(params, buffers, to_compute(run, batch), taps=taps)
-        return signals(codec, outputs, draws)
-
-    rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
-    program = jax.jit(answer, out_shardings=rows)
+    answer = program(codec, teacher, run, mesh)
 
     def ask(batch: Batch, draws: np.ndarray) -> dict[str, np.ndarray]:
         placed = sharding.put_batch({"batch": batch, "draws": draws}, mesh)
-        return {name: _local(array) for name, array in program(params, buffers, placed["batch"], placed["draws"]).items()}
+        return {name: _local(array) for name, array in answer(params, buffers, placed["batch"], placed["draws"]).items()}
 
     return ask
+
+
+def program(codec: Codec, teacher: Model, run: Run, mesh: Any) -> Any:
+    """``answer(params, buffers, batch, draws) -> arrays`` by name, what a codec keeps of the teacher's answers: one jitted function
+    of global arrays, of which shapes may be traced without weights or devices."""
+    specs, taps = _specs(teacher, run, mesh), tuple(getattr(codec, "taps", ()))
+
+    def answer(params: Any, buffers: Any, batch: Batch, draws: Array) -> dict[str, Array]:
+        read = tokens.for_teacher(batch)
+        outputs, _ = networks.applied(teacher, params, buffers, read, run=run, specs=specs, mesh=mesh, taps=taps)
+        return signals(codec, outputs, draws)
+
+    return jax.jit(answer, out_shardings=jax.sharding.NamedSharding(mesh, sharding.BATCH))
+
+
+def _specs(teacher: Model, run: Run, mesh: Any) -> Any:
+    """Where the teacher's parameters are stored."""
+    return sharding.parameter_specs(jax.eval_shape(lambda tree: tree, teacher.params), mesh, run.teacher_rules)
 
 
 def signals(codec: Codec, outputs: Outputs, draws: Array) -> dict[str, Array]:

@@ -22,7 +22,7 @@ RECORD_BYTES = 1 << 16
 class Writer:
     """Adds answers to the cache in a folder, which is made where it is not there.
 
-        with Writer(folder, TopK(k=64, vocab=151_936), inputs=("tokens",), teacher="Qwen3-4B, revision 1cfa9a7") as writer:
+        with Writer(folder, TopK(k=64, vocab=151_669), inputs=("tokens",), teacher="Qwen3-4B, revision 1cfa9a7") as writer:
             for tokens in rows:                     # int [time]
                 if key(tokens=tokens) not in writer:
                     writer.add(key(tokens=tokens), {"ids": …, "log_probs": …, "leftover": …})
