@@ -114,10 +114,12 @@ def buffers(text: str, *, smallest: int = 1) -> list[Buffer]:
     program = _parse(text)
     found = []
     for name in _times(program, fused=False):
-        for one in program.computations[name]:
+        known = {one.name: one for one in program.computations[name]}
+        for one in known.values():
             if one.op in _NAMES_ONLY or one.op.endswith("-done") or (one.op == "parameter" and name != program.entry):
                 continue
-            found += [Buffer(array, one.op, one.of) for array in one.arrays if array.space == 0 and array.bytes >= smallest]
+            made = _made(one, _operands(one, known))
+            found += [Buffer(array, one.op, one.of) for array in made if array.space == 0 and array.bytes >= smallest]
     return sorted(found, key=lambda buffer: -buffer.bytes)
 
 
@@ -179,15 +181,13 @@ def _moved(program: _Program, one: _Instruction, known: dict[str, _Instruction])
     def size(arrays: Sequence[Array]) -> int:
         return sum(array.bytes for array in arrays if array.space == 0)
 
-    operands = [known[name].arrays if name in known else () for name in one.operands]
+    operands = _operands(one, known)
     if one.op in _CUTS:
         return 2 * size(one.arrays)
     if one.op == "dynamic-update-slice":
         return 2 * size(operands[1])
-    if one.op == "copy-start":
-        return size(operands[0]) + size(one.arrays[:1])
     if one.op != "fusion":
-        return size(one.arrays) + sum(map(size, operands))
+        return size(_made(one, operands)) + sum(map(size, operands))
     body = next((program.computations.get(called, []) for _, called in one.computations()), [])
     within = {each.name: each for each in body}
     written = size(one.arrays)
@@ -202,6 +202,21 @@ def _moved(program: _Program, one: _Instruction, known: dict[str, _Instruction])
             place = int(each.operands[0])
             operands[place] = tuple(array for reader in readers for array in reader.arrays) if operands[place] else ()
     return max(written, 0) + sum(map(size, operands))
+
+
+def _operands(one: _Instruction, known: dict[str, _Instruction]) -> list[tuple[Array, ...]]:
+    """The arrays of each operand, which stands in the same computation."""
+    return [known[name].arrays if name in known else () for name in one.operands]
+
+
+def _made(one: _Instruction, operands: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
+    """The arrays that an operation writes: one that only starts something names what it reads among its results too."""
+    if one.op == "copy-start":  # (copy, source, …)
+        return one.arrays[:1]
+    reads = tuple(array for arrays in operands for array in arrays)
+    # (operands, results, …); an all-reduce-start has results alone, of the same types
+    again = one.op.endswith("-start") and len(one.arrays) > len(reads) and one.arrays[: len(reads)] == reads
+    return one.arrays[len(reads) :] if again else one.arrays
 
 
 _CUTS = {"dynamic-slice", "slice", "gather"}

@@ -108,6 +108,40 @@ def test_memory_traffic_is_what_operations_read_and_write_as_often_as_they_run()
     assert hlo.traffic(NESTED) == entry + 2 * outer + 10 * inner + 2 * 9  # and a condition's comparison
 
 
+# What is read stands among the results of three of these, and nobody holds it twice.
+STARTED = """\
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+ENTRY %main (p: f32[8,16]) -> f32[8,64] {
+  %p = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %near = (f32[8,16]{1,0:T(8,128)S(1)}, f32[8,16]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p)
+  %near.1 = f32[8,16]{1,0:T(8,128)S(1)} copy-done(%near)
+  %far = (f32[8,16]{1,0:T(8,128)}, f32[8,16]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%near.1)
+  %far.1 = f32[8,16]{1,0:T(8,128)} copy-done(%far)
+  %gather = (f32[8,16]{1,0:T(8,128)}, f32[8,64]{1,0:T(8,128)}) all-gather-start(%p), replica_groups={}, dimensions={1}
+  %gather.1 = f32[8,64]{1,0:T(8,128)} all-gather-done(%gather)
+  %sum = f32[8,16]{1,0:T(8,128)} all-reduce-start(%far.1), replica_groups={}, to_apply=%add
+  %sum.1 = f32[8,16]{1,0:T(8,128)} all-reduce-done(%sum)
+  ROOT %last = f32[8,64]{1,0:T(8,128)} add(%gather.1, %gather.1)
+}
+"""
+
+
+def test_what_a_started_operation_only_reads_is_no_buffer_of_its_own():
+    found = [(one.op, one.bytes) for one in hlo.buffers(STARTED)]
+    small, large = 8 * 16 * 4, 8 * 64 * 4
+    wanted = [
+        ("all-gather-start", large),
+        ("add", large),
+        ("parameter", small),
+        ("copy-start", small),
+        ("all-reduce-start", small),
+    ]
+    assert found == wanted
+    copies = small + small  # one reads main memory, the other writes it
+    assert hlo.traffic(STARTED) == copies + (small + large) + (small + small) + 3 * large
+
+
 @pytest.mark.parametrize(
     ("written", "wanted"),
     [
