@@ -19,6 +19,9 @@ from jkd.errors import InputError, MissingExtra, nearest
 COLUMNS = (("messages",), ("prompt", "completion"), ("text",))
 """What is looked for where no columns are named, in this order: a chat, a prompt and its answer, plain text."""
 
+TOOLS = "tools"
+"""The column of what a chat's assistant may call, where there is one: JSON schemas, as a list or as text."""
+
 
 class Records(Protocol):
     """Dicts by number; the repr says which they are."""
@@ -88,7 +91,7 @@ class Columns:
             raise InputError(f"{self._name}, row {index}: no column {error}; there are: {_list(record)}") from None
         if len(parts) == 1 and isinstance(parts[0], Sequence) and not isinstance(parts[0], str):
             try:
-                return self._template([dict(message) for message in parts[0]])
+                return self._template([dict(message) for message in parts[0]], _tools(record.get(TOOLS)))
             except (InputError, TypeError, ValueError) as error:
                 raise InputError(f"{self._name}, row {index}: {error}") from error
         for column, part in zip(columns, parts, strict=True):
@@ -97,7 +100,7 @@ class Columns:
         return parts[0] if len(parts) == 1 else parts
 
     def __repr__(self) -> str:
-        template = f", template={_sha(self._template.text.encode())}" if self._chats else ""
+        template = f", template={_sha(repr(self._template).encode())}" if self._chats else ""
         return f"Columns({said(self._records)}, {', '.join(self._columns)}{template})"
 
     @property
@@ -189,6 +192,16 @@ def said(records: Any) -> str:
         text = json.dumps(records, sort_keys=True, default=repr)
         return f"{kind}({len(records)} rows, sha256={_sha(text.encode())})"
     return repr(records)
+
+
+def _tools(value: Any) -> Any:
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise InputError(f"{TOOLS}: no JSON ({error})") from error
+    if found is not None and not (isinstance(found, list) and all(isinstance(tool, Mapping) for tool in found)):
+        raise InputError(f"{TOOLS} = {str(value)[:60]}: give a list of JSON schemas, or that list as JSON text")
+    return found
 
 
 def _list(columns: Any) -> str:

@@ -56,7 +56,7 @@ def documents(
         columns: of dicts: the one that holds text or chat messages (``[{"role": …, "content": …}, …]``), or several that make a
             conversation, prompt first; None: ``messages``, else ``prompt`` and ``completion``, else ``text``.
         template: of chats, in Jinja; None: the one published with the tokenizer. What assistants say, with the end of their turn,
-            is counted, and no more (`jkd.data.chat.Template`).
+            is counted, and no more (`jkd.data.chat.Template`). It sees the column ``tools``, where there is one.
         layout: ``stream``: the documents one after the other, cut into rows; ``fit``: whole documents, as many in a row as fit;
             ``pad``: one document in a row. The last two cut what is longer than a row.
         eval_rows: evaluate so many rows, spread over the evaluation text; None: all.
