@@ -50,7 +50,7 @@ class Template:
             config, beside = folder / "tokenizer_config.json", folder / "chat_template.jinja"
             described = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
             found = beside.read_text(encoding="utf-8") if beside.exists() else described.get("chat_template")
-            several = found if isinstance(found, list) else [{"name": "default", "template": found}]
+            several: list[Any] = found if isinstance(found, list) else [{"name": "default", "template": found}]
             published = {one["name"]: one["template"] for one in several}
         if text is not None:
             published = {"default": text}
