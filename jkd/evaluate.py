@@ -14,10 +14,12 @@ import numpy as np
 from jkd import losses, sharding, sparse, tokens
 from jkd.context import Context
 from jkd.data.batch import check_batch
+from jkd.errors import InputError
+from jkd.networks import models_of, step_key
 from jkd.recipe import label_weight
 from jkd.state import Frozen, State
-from jkd.step import make_eval_step
-from jkd.types import Array, Batch, Outputs
+from jkd.step import make_eval_step, objective
+from jkd.types import Array, Batch, Outputs, Tree
 
 BINS = 15
 """Bins of equal width for the calibration error (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, eq. 3)."""
@@ -124,7 +126,7 @@ def summarise(sums: dict[str, Any]) -> dict[str, float]:
     (KL(teacher || student), nats), ``teacher_accuracy``, ``teacher_nll`` and ``teacher_ece``; with an oracle ``oracle_agreement`` and
     ``oracle_kl``. What needs labels is left out where
     no example has one. Of text whose ``bytes`` are known also ``bits_per_byte`` and ``teacher_bits_per_byte``, whatever the
-    vocabulary.
+    vocabulary. Of a student without logits only ``term/…``: each of the recipe's terms, as a mean over the evaluation data.
     """
     sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
 
@@ -140,7 +142,9 @@ def summarise(sums: dict[str, Any]) -> dict[str, float]:
             f"{prefix}ece": float(gap.sum()) / total,
         } | ({f"{prefix}bits_per_byte": float(sums[f"{prefix}nll"] / size / np.log(2))} if size else {})
 
-    metrics = task("") if sums else {}
+    terms = [name for name in sums if name.startswith("term/")]
+    metrics = {name: float(sums[name] / sums[f"weight of {name}"]) for name in terms if sums[f"weight of {name}"]}
+    metrics |= task("") if "weight" in sums else {}
     if sums.get("all"):
         everyone = float(sums["all"])
         compared = ("agreement", "kl", "oracle_agreement", "oracle_kl")
@@ -176,14 +180,20 @@ def make_evaluate(ctx: Context) -> Callable[[State, Frozen], Evaluation] | None:
         return None
     # the training batch, or the smallest multiple of the mesh that holds a smaller evaluation set
     rows = min(run.batch_size, -(-data.eval_size // ctx.batch_shards) * ctx.batch_shards)
-    eval_step = make_eval_step(ctx, measure, ema=run.evaluate_ema)
+    logits = ctx.student_outputs.has_logits
+    eval_step = make_eval_step(ctx, measure, ema=run.evaluate_ema) if logits else _make_terms(ctx)
     add = jax.jit(lambda total, sums: jax.tree.map(jnp.add, total, sums))  # one program, not one for each of the sums
 
     def evaluate(state: State, frozen: Frozen) -> Evaluation:
         total: Sums | None = None
         for batch in data.eval_batches(rows, process=process):
             check_batch(batch, ctx.classes)
-            sums = eval_step(state, frozen, sharding.put_batch(batch, ctx.mesh))
+            try:
+                sums = eval_step(state, frozen, sharding.put_batch(batch, ctx.mesh))
+            except InputError:
+                if logits:
+                    raise
+                return Evaluation()  # these examples lack what the recipe reads of the training batches
             total = sums if total is None else add(total, sums)
         if total is None:
             return Evaluation()
@@ -191,3 +201,25 @@ def make_evaluate(ctx: Context) -> Callable[[State, Frozen], Evaluation] | None:
         return Evaluation(summarise(whole), detail(whole))
 
     return evaluate
+
+
+def _make_terms(ctx: Context) -> Callable[[State, Frozen, Batch], Sums]:
+    """The recipe's terms on examples that no step has seen, the networks as they are used rather than trained."""
+
+    def terms(state: State, frozen: Frozen, batch: Batch) -> Sums:
+        models = models_of(ctx, state, frozen, ema=ctx.run.evaluate_ema)
+        trained = models.call
+
+        def call(*arguments: Any) -> tuple[Outputs, Tree]:
+            *most, train, key = arguments
+            return trained(*most, False, key)
+
+        models = dataclasses.replace(models, call=call)
+        batch, sums = sharding.constrain_batch(batch, ctx.mesh), Sums()
+        for update in ctx.updates:
+            _, (means, weights, *_) = objective(ctx, update, models, batch, step_key(state), None)
+            sums |= {f"term/{name}": mean["term"] * weights[name] for name, mean in means.items()}
+            sums |= {f"weight of term/{name}": weight for name, weight in weights.items()}
+        return sums
+
+    return jax.jit(terms)

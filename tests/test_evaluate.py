@@ -1,15 +1,22 @@
 """Metrics against NumPy, and sums that do not care how the set is cut."""
 
+import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from jkd import sparse
-from jkd.evaluate import BINS, detail, measure, summarise
-from jkd.types import Outputs
+from jkd import data, models, sparse
+from jkd.errors import InputError
+from jkd.evaluate import BINS, detail, make_evaluate, measure, summarise
+from jkd.recipe import Recipe
+from jkd.resolve import make_context
+from jkd.state import init_state
+from jkd.types import Outputs, Term
 
 
 def random_case(rows=200, classes=7, seed=0):
@@ -145,3 +152,39 @@ def test_text_is_measured_token_by_token_in_pieces(monkeypatch):
     monkeypatch.setattr("jkd.sparse.BLOCKS", 3)
     monkeypatch.setattr("jkd.sparse.by_position", functools.partial(sparse.by_position, whole=1))
     assert summarise(measure(student, teacher, batch)) == pytest.approx(found, rel=1e-5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Near(Recipe):
+    """The hidden state's square, a stand-in for losses of hidden states."""
+
+    needs_teacher: ClassVar[bool] = False
+    column: str = "features"
+
+    def terms(self, vars, student, teacher, batch, *, clock, key):
+        if self.column not in batch:
+            raise InputError(f"batch has no {self.column!r}")
+        return {"near": Term(jnp.mean(student.hidden**2, -1), batch["weight"], 0.25)}
+
+
+@pytest.mark.parametrize("column", ["features", "strong"])
+def test_a_student_without_logits_is_measured_by_its_recipes_terms(column):
+    def network(params, features, train):
+        return Outputs(hidden=params["scale"] * features + train)  # moved while it is trained
+
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(40, 6)).astype(np.float32)
+    student = models.from_function(network, {"scale": jnp.full(6, 2.0)}, inputs=lambda batch: batch["features"])
+    run = tiny.run(
+        student=student,
+        teacher=None,
+        recipe=Near(column=column),
+        data=data.arrays(features=features, eval=dict(features=features[:21])),
+        augment=() if column == "features" else (lambda batch, key: batch | {column: batch["features"]},),
+        batch_size=16,
+    )
+    ctx = make_context(run)
+    found = make_evaluate(ctx)(*init_state(ctx, jax.random.key(0))).metrics
+    # of examples that lack what the recipe reads of training batches there is nothing to say
+    wanted = {"term/near": np.mean(4 * features[:21] ** 2)} if column == "features" else {}
+    assert found == pytest.approx(wanted, rel=1e-6)

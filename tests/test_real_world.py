@@ -142,7 +142,8 @@ def test_bert_into_a_minilm_on_text(capsys):
         Path(f"texts/{number}.txt").write_text(" ".join(f"text {number} says {word}." for word in ("this", "that")))
     shape = dict(width=16, depth=1, heads=4, teacher_layer=1, relation_heads=4, length=24)
     texts = {"texts": "texts/1*.txt", "eval_texts": "texts/[2-9].txt", "folder": "tokens"}
-    lived("bert_base_minilm", teacher=teacher, **texts, **shape, steps=3, batch_size=8)
+    found = lived("bert_base_minilm", teacher=teacher, **texts, **shape, steps=3, batch_size=8)
+    assert {"term/relation0", "term/relation1", "term/relation2"} <= found.keys()
     assert json.loads(Path("out/config.json").read_text())["architectures"] == ["BertModel"]
     again = models.from_pretrained("out")
     assert again.config.dim == 16

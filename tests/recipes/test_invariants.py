@@ -36,7 +36,9 @@ QUICK = ("KD", "FitNet", "RKD", "PSKD", "CTKD", "FlexMatch", "TokenKD", "GKD")
 
 
 def each(names):
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in names])
+    """A recipe's checks follow each other (that is what the scope is for) and share what `engine` compiles."""
+    marked = [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names]
+    return pytest.mark.parametrize("name", marked, scope="module")
 
 
 def recorded() -> optax.GradientTransformation:
@@ -59,7 +61,7 @@ def run_of(name: str, recipe: Recipe, **fields) -> Run:
     return tiny.run(**defaults | row.run | fields)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def engine(name: str, *, devices: int = 1, microbatches: int = 1, uncoupled: bool = False) -> tiny.Engine:
     row = ROWS[name]
     recipe = row.make(**(row.independent or {}) if uncoupled else {})
