@@ -170,7 +170,7 @@ class Near(Recipe):
 @pytest.mark.parametrize("column", ["features", "strong"])
 def test_a_student_without_logits_is_measured_by_its_recipes_terms(column):
     def network(params, features, train):
-        return Outputs(hidden=params["scale"] * features + train)  # moved while it is trained
+        return Outputs(hidden=params["scale"][None] * features + train)  # moved while it is trained
 
     rng = np.random.default_rng(0)
     features = rng.normal(size=(40, 6)).astype(np.float32)
