@@ -2,7 +2,9 @@
 
 Scores are taken before the softmax, ``[..., heads, queries, keys]``; log-probabilities are scores too. ``mask`` ``[..., tokens]``
 (1 = real token, as in a batch) drops padding as keys and as queries: an example's value is the mean over its real tokens, and
-the same as without the padding. An example without a real token gives 0.
+the same as without the padding. An example without a real token gives 0. ``segment`` ``[..., tokens]`` (one number for each document
+of a packed row, as in a batch) leaves the tokens of other documents out of every row of scores: a packed example's value is the mean
+over its tokens of what they give in rows of their own.
 
 The relations of one head at a time are held, and computed again for the gradient: a relation has tokens² entries for each of up
 to 64 heads, many times its inputs.
@@ -16,9 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkd.losses._common import check_nonempty, check_rank, check_same_shape, check_where, describe, masked_mean, promote
+from jkd.losses._common import (
+    check_nonempty,
+    check_numeric,
+    check_rank,
+    check_same_shape,
+    check_where,
+    describe,
+    masked_mean,
+    promote,
+)
 from jkd.losses._maps import einsum
-from jkd.losses._typing import Array, Bool, Float, Real
+from jkd.losses._typing import Array, Bool, Float, Int, Real
 
 
 def _token_mask(mask, shape):
@@ -27,6 +38,17 @@ def _token_mask(mask, shape):
         return None
     check_where(mask, shape, meaning="[..., tokens]", name="mask")
     return jnp.asarray(mask) != 0
+
+
+def _pairs(real, segment, shape):
+    """``[..., queries or 1, keys]`` boolean: the keys that each query is compared over; None where these are all."""
+    if segment is None:
+        return None if real is None else real[..., None, :]
+    check_numeric(segment=segment)
+    if np.shape(segment) != tuple(shape):
+        raise ValueError(f"segment must be [..., tokens] = {list(shape)}, got {describe(segment)}")
+    same = segment[..., :, None] == segment[..., None, :]
+    return same if real is None else same & real[..., None, :]
 
 
 def _real_tokens(x, real):
@@ -46,13 +68,13 @@ def _shifted(scores):
     return shifted, jnp.sum(jnp.exp(shifted), axis=-1)
 
 
-def _row_kl(student_scores, teacher_scores, mask):
-    """``KL(teacher row || student row)`` for each query, over the keys that are real; 0 for a row without a key.
+def _row_kl(student_scores, teacher_scores, pairs):
+    """``KL(teacher row || student row)`` for each query, over the keys that `_pairs` gives it; 0 for a row without a key.
 
     Written as ``sum p (t - s) - log sum exp t + log sum exp s``, which holds one array fewer than two log-softmaxes do.
     """
-    if mask is not None:
-        student_scores, teacher_scores = (jnp.where(mask[..., None, :], x, -jnp.inf) for x in (student_scores, teacher_scores))
+    if pairs is not None:
+        student_scores, teacher_scores = (jnp.where(pairs, x, -jnp.inf) for x in (student_scores, teacher_scores))
     (student, student_sum), (teacher, teacher_sum) = _shifted(student_scores), _shifted(teacher_scores)
     difference = teacher - student
     difference = jnp.where(jnp.abs(difference) < jnp.inf, difference, 0)
@@ -75,11 +97,11 @@ def _check_scores(**scores):
     check_same_shape(**scores)
 
 
-def _check_square(mask, **scores):
+def _check_square(given, **scores):
     (name, array), *_ = scores.items()
-    if mask is not None and np.shape(array)[-1] != np.shape(array)[-2]:
+    if any(x is not None for x in given) and np.shape(array)[-1] != np.shape(array)[-2]:
         raise ValueError(
-            f"{name} must have as many queries as keys (axes -2 and -1) where mask is given, got {describe(array)}"
+            f"{name} must have as many queries as keys (axes -2 and -1) where mask or segment is given, got {describe(array)}"
         )
 
 
@@ -89,6 +111,7 @@ def attention_scores_mse(
     *,
     threshold: float = -100.0,
     mask: Bool[Array, "*batch tokens"] | Real[Array, "*batch tokens"] | None = None,
+    segment: Int[Array, "*batch tokens"] | None = None,
 ) -> Float[Array, "*batch"]:
     """``mean_hij (s_hij - t_hij)²`` of attention scores before the softmax; scores up to ``threshold`` (masked keys) count as 0.
 
@@ -97,6 +120,7 @@ def attention_scores_mse(
         teacher_scores: the same shape.
         threshold: a score not above it is a mask and becomes 0 on its side. -100 in the code.
         mask: ``[..., tokens]``, 1 = real. None: every entry counts, as in the code.
+        segment: int ``[..., tokens]``; only pairs of tokens where it is equal count. None: all do.
 
     Returns:
         ``[...]``, one value for each example.
@@ -115,13 +139,16 @@ def attention_scores_mse(
         1.0
     """
     _check_scores(student_scores=student_scores, teacher_scores=teacher_scores)
-    _check_square(mask, student_scores=student_scores)
+    _check_square((mask, segment), student_scores=student_scores)
     student, teacher = (jnp.where(x > threshold, x, 0) for x in promote(student_scores, teacher_scores))
     squares = jnp.square(student - teacher)
-    real = _token_mask(mask, (*squares.shape[:-3], squares.shape[-1]))
-    if real is None:
+    shape = (*squares.shape[:-3], squares.shape[-1])
+    real = _token_mask(mask, shape)
+    pairs = _pairs(real, segment, shape)
+    if pairs is None:
         return jnp.mean(squares, axis=(-3, -2, -1))
-    return masked_mean(squares, (real[..., :, None] & real[..., None, :])[..., None, :, :], (-3, -2, -1))
+    counted = pairs if real is None else pairs & real[..., :, None]
+    return masked_mean(squares, counted[..., None, :, :], (-3, -2, -1))
 
 
 def attention_kl(
@@ -129,6 +156,7 @@ def attention_kl(
     teacher_scores: Real[Array, "*batch heads queries keys"],
     *,
     mask: Bool[Array, "*batch tokens"] | Real[Array, "*batch tokens"] | None = None,
+    segment: Int[Array, "*batch tokens"] | None = None,
 ) -> Float[Array, "*batch"]:
     """``mean_hi sum_j a_hij log(a_hij / b_hij)``, a and b the softmax over keys of the teacher's and the student's scores.
 
@@ -137,6 +165,7 @@ def attention_kl(
             both sides (a causal mask) contribute nothing.
         teacher_scores: the same shape: the number of heads must agree.
         mask: ``[..., tokens]``, 1 = real.
+        segment: int ``[..., tokens]``; tokens are compared only where it is equal. None: a row is one document.
 
     Returns:
         ``[...]`` in nats, one value for each example.
@@ -155,24 +184,27 @@ def attention_kl(
         0.3466
     """
     _check_scores(student_scores=student_scores, teacher_scores=teacher_scores)
-    _check_square(mask, student_scores=student_scores)
+    _check_square((mask, segment), student_scores=student_scores)
     student, teacher = promote(student_scores, teacher_scores)
-    real = _token_mask(mask, (*student.shape[:-3], student.shape[-1]))
+    shape = (*student.shape[:-3], student.shape[-1])
+    real = _token_mask(mask, shape)
+    pairs = _pairs(real, segment, shape)
     student, teacher = _real_tokens(student, real), _real_tokens(teacher, real)
-    key_mask = None if real is None else real[..., None, :]
-    rows = jnp.mean(_row_kl(student, teacher, key_mask), axis=-2)
+    rows = jnp.mean(_row_kl(student, teacher, None if pairs is None else pairs[..., None, :, :]), axis=-2)
     return _mean_over_queries(rows, real)
 
 
-def _relation_kl(student, teacher, mask):
+def _relation_kl(student, teacher, mask, segment):
     """Mean over heads and tokens of the KL between softmax(x xᵀ / sqrt(d)); both ``[..., heads, tokens, d]`` with a d each."""
-    real = _token_mask(mask, (*student.shape[:-3], student.shape[-2]))
+    shape = (*student.shape[:-3], student.shape[-2])
+    real = _token_mask(mask, shape)
+    pairs = _pairs(real, segment, shape)
 
     def scores(x):
         return einsum("...id,...jd->...ij", x, x) / math.sqrt(x.shape[-1])
 
     def one_head(student, teacher):
-        return _row_kl(scores(student), scores(teacher), real)
+        return _row_kl(scores(student), scores(teacher), pairs)
 
     return _mean_over_queries(_mean_over_heads(one_head, _real_tokens(student, real), _real_tokens(teacher, real)), real)
 
@@ -182,6 +214,7 @@ def value_relation_kl(
     teacher_values: Real[Array, "*batch heads tokens teacher_dim"],
     *,
     mask: Bool[Array, "*batch tokens"] | Real[Array, "*batch tokens"] | None = None,
+    segment: Int[Array, "*batch tokens"] | None = None,
 ) -> Float[Array, "*batch"]:
     """``mean_hi KL(R_hi || S_hi)``, R the rows of softmax(v vᵀ / sqrt(d)) of the teacher's values and S the student's.
 
@@ -189,6 +222,7 @@ def value_relation_kl(
         student_values: ``[..., heads, tokens, dim]``.
         teacher_values: ``[..., heads, tokens, dim]``: as many heads, a ``dim`` of its own.
         mask: ``[..., tokens]``, 1 = real.
+        segment: int ``[..., tokens]``; tokens are compared only where it is equal. None: a row is one document.
 
     Returns:
         ``[...]`` in nats, one value for each example.
@@ -215,7 +249,7 @@ def value_relation_kl(
             f"{describe(student_values)}, got {describe(teacher_values)}"
         )
     student, teacher = promote(student_values, teacher_values)
-    return _relation_kl(student, teacher, mask)
+    return _relation_kl(student, teacher, mask, segment)
 
 
 def self_relation_kl(
@@ -224,6 +258,7 @@ def self_relation_kl(
     *,
     heads: int,
     mask: Bool[Array, "*batch tokens"] | Real[Array, "*batch tokens"] | None = None,
+    segment: Int[Array, "*batch tokens"] | None = None,
 ) -> Float[Array, "*batch"]:
     """``mean_hi KL(R_hi || S_hi)``, R the rows of softmax(x xᵀ / sqrt(d)) with the teacher's vectors cut into ``heads`` parts.
 
@@ -233,6 +268,7 @@ def self_relation_kl(
         heads: number of relation heads; it must divide both dims, and need not be the number of attention heads. 48 for base
             and 64 for large teachers in the paper.
         mask: ``[..., tokens]``, 1 = real.
+        segment: int ``[..., tokens]``; tokens are compared only where it is equal. None: a row is one document.
 
     Returns:
         ``[...]`` in nats, one value for each example.
@@ -267,4 +303,4 @@ def self_relation_kl(
         return jnp.swapaxes(x.reshape(*x.shape[:-1], heads, -1), -3, -2)
 
     student, teacher = promote(student_vectors, teacher_vectors)
-    return _relation_kl(split(student), split(teacher), mask)
+    return _relation_kl(split(student), split(teacher), mask, segment)

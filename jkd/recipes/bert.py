@@ -41,7 +41,7 @@ class TinyBERT(Recipe):
 
     The paper's stages are runs: general distillation and the intermediate part of the task's (``soft_weight=0``, the default), then
     the prediction part (``weight=0, soft_weight=1``). `ernie_tiny` strings such stages together. Means are over real tokens
-    (``batch["mask"]``); the authors count padding.
+    (``batch["mask"]``), those of attention over pairs of one document (``batch["segment"]``); the authors count padding.
 
     Args:
         student_hidden, teacher_hidden: taps ``[batch, tokens, dim]``, pair by pair: the embedding and every student layer.
@@ -109,7 +109,7 @@ class TinyBERT(Recipe):
 
     def terms(self, vars, student, teacher, batch, *, clock, key):
         terms = with_task(self.task_weight, student, batch)
-        weight, mask = schedules.at(self.weight, clock), batch.get("mask")
+        weight, among = schedules.at(self.weight, clock), dict(mask=batch.get("mask"), segment=batch.get("segment"))
         for i, pair in enumerate(zip(self.student_attention, self.teacher_attention, strict=True)):
             if self._compares:
                 both = _scores(student, pair[0]), _scores(teacher, pair[1])
@@ -118,7 +118,7 @@ class TinyBERT(Recipe):
                         f"TinyBERT: the student has {both[0].shape[1]} attention heads, the teacher {both[1].shape[1]}; MiniLMv2 "
                         "cuts both sides into relation heads instead"
                     )
-                terms[f"attention{i}"] = Term(losses.attention_scores_mse(*both, mask=mask), batch["weight"], weight)
+                terms[f"attention{i}"] = Term(losses.attention_scores_mse(*both, **among), batch["weight"], weight)
         for i, (mine, theirs) in enumerate(zip(self.student_hidden, self.teacher_hidden, strict=True)):
             if self._compares:
                 mapped = project(self.projector, vars.params.get("projector"), student.taps[mine], batch["weight"] > 0)

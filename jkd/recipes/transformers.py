@@ -35,9 +35,10 @@ class MiniLM(_SelfAttention):
     """``weight * mean over heads and tokens of KL(A_t || A_s) + KL(R_t || R_s)`` in one layer, and no label.
 
     A holds the rows of ``softmax(q k^T / sqrt(d))``, R those of ``softmax(v v^T / sqrt(d))``, head by head: both sides have as many
-    heads, of any width. Tokens where ``batch["mask"]`` is 0 count neither as queries nor as keys. The student learns what the
-    teacher's last layer attends to, without any task, and is fine-tuned afterwards (another `Run`). Where teacher and student are
-    far apart the paper puts an assistant between them: a run of its own.
+    heads, of any width. Tokens where ``batch["mask"]`` is 0 count neither as queries nor as keys, and no token is compared with one
+    of another document (``batch["segment"]``). The student learns what the teacher's last layer attends to, without any task, and is
+    fine-tuned afterwards (another `Run`). Where teacher and student are far apart the paper puts an assistant between them: a run of
+    its own.
 
     Args:
         student_taps, teacher_taps: query, key and value of one layer on each side, the last in the paper: projections
@@ -70,10 +71,10 @@ class MiniLM(_SelfAttention):
                 f"MiniLM: the student has {mine[0].shape[1]} attention heads, the teacher {theirs[0].shape[1]}; MiniLMv2 cuts both "
                 "sides into relation heads instead"
             )
-        weight, mask = schedules.at(self.weight, clock), batch.get("mask")
+        weight, among = schedules.at(self.weight, clock), dict(mask=batch.get("mask"), segment=batch.get("segment"))
         values = {
-            "attention": losses.attention_kl(scores(*mine[:2]), scores(*theirs[:2]), mask=mask),
-            "values": losses.value_relation_kl(mine[2], theirs[2], mask=mask),
+            "attention": losses.attention_kl(scores(*mine[:2]), scores(*theirs[:2]), **among),
+            "values": losses.value_relation_kl(mine[2], theirs[2], **among),
         }
         terms = {name: Term(value, batch["weight"], weight) for name, value in values.items()}
         return with_task(self.task_weight, student, batch) | terms
@@ -85,7 +86,8 @@ class MiniLMv2(_SelfAttention):
 
     R holds the rows of ``softmax(x x^T / sqrt(d))``, x a tap of all attention heads side by side, cut anew into ``relation_heads``
     parts: heads and widths of the two sides are free. The n taps are queries, keys and values, with a third of the weight each.
-    Tokens where ``batch["mask"]`` is 0 count neither as queries nor as keys.
+    Tokens where ``batch["mask"]`` is 0 count neither as queries nor as keys, and no token is compared with one of another document
+    (``batch["segment"]``).
 
     Args:
         student_taps, teacher_taps: query, key and value of one layer on each side: projections ``[batch, tokens, heads, dim]``, or
@@ -121,7 +123,8 @@ class MiniLMv2(_SelfAttention):
                 raise InputError(
                     f"MiniLMv2.relation_heads = {self.relation_heads}: it must divide the widths of both sides, {widths}"
                 )
-            values = losses.self_relation_kl(mine, theirs, heads=self.relation_heads, mask=batch.get("mask"))
+            among = dict(mask=batch.get("mask"), segment=batch.get("segment"))
+            values = losses.self_relation_kl(mine, theirs, heads=self.relation_heads, **among)
             terms[f"relation{i}"] = Term(values, batch["weight"], weight)
         return terms
 

@@ -199,6 +199,40 @@ def test_padding_changes_no_example(name):
     assert not np.any(gradient[2])
 
 
+@pytest.mark.parametrize("name", ["attention_scores_mse", "attention_kl", "value_relation_kl", "self_relation_kl"])
+def test_a_packed_row_is_its_documents(name):
+    """Rows of documents of 1 and 3, of 2 and 1 tokens with padding, and of 4: the mean over tokens (of scores: pairs) of what each
+    document gives in a row of its own, and no slope between them."""
+    student, teacher, more = attention_inputs(name)
+    function = getattr(losses, name)
+    segment = jnp.array([[1, 2, 2, 2], [7, 7, 3, 0], [1, 1, 1, 1]])
+
+    def own(x, places):
+        if name == "self_relation_kl":
+            return x[places]
+        return x[:, places] if name == "value_relation_kl" else x[:, places, places]
+
+    def packed(student, **among):
+        value = function(student, teacher, **among, **more)
+        return jnp.sum(value), value
+
+    run = jax.jit(jax.value_and_grad(packed, has_aux=True))
+    (_, value), gradient = run(student, mask=segment > 0, segment=segment)
+    documents = [[slice(0, 1), slice(1, 4)], [slice(0, 2), slice(2, 3)], [slice(0, 4)]]
+    for row, places in enumerate(documents):
+        each = [function(own(student[row], place), own(teacher[row], place), **more) for place in places]
+        sizes = np.array([place.stop - place.start for place in places])
+        expected = np.average(each, weights=sizes**2 if name == "attention_scores_mse" else sizes)
+        np.testing.assert_allclose(value[row], expected, rtol=1e-5, err_msg=str(row))
+    if student.shape[-1] == student.shape[-2]:
+        same = (segment[:, :, None] == segment[:, None, :]) & (segment > 0)[:, None, :]
+        assert not np.any(np.where(same[:, None], 0, gradient))
+    assert np.all(np.isfinite(gradient))
+    (_, unpacked), _ = run(student, segment=jnp.ones_like(segment))
+    np.testing.assert_allclose(unpacked, function(student, teacher, **more), rtol=1e-6)
+    assert (np.abs(unpacked - value)[:2] > 1e-3).all()
+
+
 # --- contrast -----------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from jkd.resolve import make_context
 ECHOES = dict(student=small.echo("student"), teacher=small.echo("teacher"))
 LENGTHS = (5, 3, 1, 4)
 REAL = np.arange(5) < np.array(LENGTHS)[:, None]
+PACKED = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0], [4, 0, 0, 0, 0], [1, 2, 2, 2, 0]], np.int32)
 
 
 def features(seed: int = 0) -> dict:
@@ -44,7 +45,7 @@ def taps(side: str) -> dict:
 
 
 def test_tinyberts_numbers():
-    rows = features()
+    rows = features() | {"segment": PACKED}
     recipe = TinyBERT(**taps("student"), **taps("teacher"), projector=None, weight=1.0, soft_weight=0.5, temperature=2.0)
     found = small.Terms(recipe, rows, **ECHOES)
     assert set(found.terms) == {"attention0", "attention1", "hidden0", "hidden1", "soft"}
@@ -55,10 +56,13 @@ def test_tinyberts_numbers():
 
     weight = rows["weight"]
     for i in range(2):
-        each = [
-            np.mean([np.square(scores("student", i, row, h) - scores("teacher", i, row, h)).mean() for h in range(3)])
-            for row in range(4)
-        ]
+        each = []
+        for row, length in enumerate(LENGTHS):
+            segment = PACKED[row, :length]
+            alike = segment[:, None] == segment[None]  # pairs of one document alone
+            each.append(
+                np.mean([np.square(scores("student", i, row, h) - scores("teacher", i, row, h))[alike] for h in range(3)])
+            )
         assert found.mean(f"attention{i}") == pytest.approx(np.average(each, weights=weight), rel=1e-5)
         gap = np.square(np.float64(rows[f"student_hidden{i}"]) - rows[f"teacher_hidden{i}"]).mean(-1)
         assert found.mean(f"hidden{i}") == pytest.approx(np.average(gap, weights=weight[:, None] * REAL), rel=1e-5)

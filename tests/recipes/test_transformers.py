@@ -21,6 +21,7 @@ from jkd.step import make_step
 ECHOES = dict(student=small.echo("student"), teacher=small.echo("teacher"))
 MINE, THEIRS = (tuple(f"{side}_{name}" for name in small.QKV) for side in ("student", "teacher"))
 LENGTHS = (5, 3, 1, 4)
+PACKED = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0], [4, 0, 0, 0, 0], [1, 2, 2, 2, 0]], np.int32)
 
 
 def projections(*, student: tuple[int, int], teacher: tuple[int, int], axis: bool = True, seed: int = 0) -> dict:
@@ -43,22 +44,35 @@ def relations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return x @ y.T / np.sqrt(x.shape[-1])
 
 
+def documents(rows: dict) -> list[list[np.ndarray]]:
+    """Places of each document, row by row."""
+    segment = rows.get("segment", rows["mask"])
+    return [[np.flatnonzero(row == number) for number in np.unique(row[row > 0])] for row in segment]
+
+
+def over_rows(rows: dict, value) -> float:
+    """The mean over rows of the mean over their tokens of ``value(row, places)`` of each document by itself."""
+    each = [np.average([value(i, at) for at in own], weights=[len(at) for at in own]) for i, own in enumerate(documents(rows))]
+    return float(np.mean(each))
+
+
 def minilm(rows: dict, heads: int) -> tuple[float, float]:
-    """The two terms by loops over examples and heads, on real tokens alone, float64."""
-    attention, values = [], []
-    for i, length in enumerate(LENGTHS):
-        for h in range(heads):
-            q, k, v, q_t, k_t, v_t = (
-                np.float64(rows[name][i, :length].reshape(length, heads, -1)[:, h]) for name in (*MINE, *THEIRS)
-            )
-            attention.append(rows_kl(relations(q_t, k_t), relations(q, k)))
-            values.append(rows_kl(relations(v_t, v_t), relations(v, v)))
-    return float(np.mean(attention)), float(np.mean(values))
+    """The two terms by loops over rows, documents and heads, float64."""
+
+    def of_heads(one_head):
+        def value(i, at):
+            cut = [np.float64(rows[name][i, at].reshape(len(at), heads, -1)) for name in (*MINE, *THEIRS)]
+            return np.mean([one_head(*(array[:, h] for array in cut)) for h in range(heads)])
+
+        return over_rows(rows, value)
+
+    attention = of_heads(lambda q, k, v, q_t, k_t, v_t: rows_kl(relations(q_t, k_t), relations(q, k)))
+    return attention, of_heads(lambda q, k, v, q_t, k_t, v_t: rows_kl(relations(v_t, v_t), relations(v, v)))
 
 
-@pytest.mark.parametrize("axis", [True, False])
-def test_minilm_compares_head_by_head_over_real_tokens(axis):
-    rows = projections(student=(3, 2), teacher=(3, 4), axis=axis)
+@pytest.mark.parametrize(("axis", "packed"), [(True, False), (False, True)])
+def test_minilm_compares_head_by_head_over_the_real_tokens_of_a_document(axis, packed):
+    rows = projections(student=(3, 2), teacher=(3, 4), axis=axis) | ({"segment": PACKED} if packed else {})
     given = {} if axis else dict(student_heads=3, teacher_heads=3)
     found = small.Terms(MiniLM(student_taps=MINE, teacher_taps=THEIRS, **given), rows, **ECHOES)
     assert found.terms.keys() == {"attention", "values"}
@@ -90,15 +104,16 @@ def test_minilmv2s_term_is_the_authors_number():
 
 
 def test_minilmv2_cuts_sides_with_other_heads_alike_and_gives_each_relation_a_third():
-    rows = projections(student=(2, 6), teacher=(3, 8))
+    rows = projections(student=(2, 6), teacher=(3, 8)) | {"segment": PACKED}
     recipe = MiniLMv2(student_taps=MINE, teacher_taps=THEIRS, relation_heads=4)
     found = small.Terms(recipe, rows, **ECHOES)
     for i, (mine, theirs) in enumerate(zip(MINE, THEIRS, strict=True)):
-        wanted = []
-        for example, length in enumerate(LENGTHS):
-            s, t = (np.float64(rows[name][example, :length].reshape(length, 4, -1)) for name in (mine, theirs))
-            wanted += [rows_kl(relations(t[:, h], t[:, h]), relations(s[:, h], s[:, h])) for h in range(4)]
-        np.testing.assert_allclose(found.mean(f"relation{i}"), np.mean(wanted), rtol=1e-5)
+
+        def value(row, at, mine=mine, theirs=theirs):
+            s, t = (np.float64(rows[name][row, at].reshape(len(at), 4, -1)) for name in (mine, theirs))
+            return np.mean([rows_kl(relations(t[:, h], t[:, h]), relations(s[:, h], s[:, h])) for h in range(4)])
+
+        np.testing.assert_allclose(found.mean(f"relation{i}"), over_rows(rows, value), rtol=1e-5)
         np.testing.assert_allclose(found.terms[f"relation{i}"][2], 1 / 3, rtol=1e-6)
 
 
