@@ -67,6 +67,8 @@ class Watch(Listener):
 
     def said(self, name: str, sample: Sample) -> None:
         self.message(f"{name} goes on with {_end(sample.prompt)!r}: {sample.text!r}")
+        if sample.teacher is not None:
+            self.message(f"its teacher: {sample.teacher!r}")
 
     def skipped(self, name: str, summary: Summary) -> None:
         self.close()

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jkd import calls, debug, fingerprint, flops, metrics, provenance, sharding, teachers, trees
+from jkd import calls, debug, fingerprint, metrics, provenance, results, sharding, teachers
 from jkd.cache import Cache
 from jkd.check import check
 from jkd.checkpoint import Checkpoints
@@ -28,13 +28,12 @@ from jkd.health import Health
 from jkd.interrupts import Interrupts
 from jkd.networks import models_of
 from jkd.resolve import make_context
+from jkd.results import Summary
 from jkd.samples import Sample, sample
 from jkd.state import Frozen, State, freeze, init_state, step_shapes
 from jkd.step import deployed, make_term_gradients
 from jkd.types import Batch, Model
 from jkd.workdir import claim, write_json
-
-Summary = dict[str, Any]
 
 
 class Stopped(Exception):
@@ -362,25 +361,14 @@ class _Training:
 
     def _finish(self, state: State, frozen: Frozen, evaluation: Evaluation, clock: metrics.Stopwatch) -> _Finished:
         product = self._product(state, frozen)
-        work = flops.of_step(self.ctx)
-        own = [tree for group, tree in state.params.items() if group != "student"]
-        summary: Summary = {
-            "parameters": trees.count(product.params),
-            "extra_parameters": sum(map(trees.count, own)),  # what the recipe trains beside the student: projectors, critics
-            **{name: evaluation.metrics.get(name) for name in ("accuracy", "nll", "ece", "agreement", "kl")},
-            **{name: evaluation.metrics[name] for name in ("bits_per_byte", "oracle_kl") if name in evaluation.metrics},
-            "examples_per_s": clock.mean(),
-            "steps": self.run.steps,
-            **{f"{side}_flops": getattr(work, side) for side in ("student", "teacher")},  # of one step
-            "params_sha256": trees.sha256(sharding.whole(product.params)),
-        }
-        said = sample(self.ctx, product)
-        if self.folder is not None and self.process[0] == 0:
-            result = {"summary": summary, "metrics": evaluation.metrics, "details": evaluation.details}
-            result |= {} if said is None else {"sample": dataclasses.asdict(said)}
-            write_json(self.folder / "result.json", result)
+        summary = results.summarise(self.ctx, product, state, evaluation, clock.mean())
+        folder = self.folder if self.process[0] == 0 else None
+        results.write(folder, self.ctx, summary, evaluation)
         self.listener.run_finished(self.name, summary)
+        # the run is done by now, whatever becomes of this
+        said = sample(self.ctx, product, state, frozen, lambda text: self.listener.message(f"{self.name}: {text}"))
         if said is not None:
+            results.write(folder, self.ctx, summary, evaluation, said)
             self.listener.said(self.name, said)
         return _Finished(summary, evaluation.metrics, lambda: (state, product))
 

@@ -296,6 +296,9 @@ def test_a_run_on_text_says_bits_per_byte_and_how_it_goes_on(tmp_path):
     heard = []
 
     class Ear(jkd.loop.Listener):
+        def run_finished(self, name, summary):
+            heard.append(sorted(json.loads((tmp_path / name / "result.json").read_text())))
+
         def said(self, name, sample):
             heard.append((name, sample.prompt))
 
@@ -306,9 +309,11 @@ def test_a_run_on_text_says_bits_per_byte_and_how_it_goes_on(tmp_path):
     # a document of n bytes has n + 1 tokens, which share them evenly
     size = 15 * 23 / 24 + 10 * 10 / 11
     assert summary["bits_per_byte"] == pytest.approx(summary["nll"] * sum(predicted) / size / np.log(2), rel=1e-5)
-    assert heard == [("student", texts[0][:8])]
+    assert heard == [["details", "metrics", "summary"], ("student", texts[0][:8])]  # the run is done before it says a word
     result = json.loads((tmp_path / "student" / "result.json").read_text())
     assert result["sample"]["prompt"] == texts[0][:8]
+    assert result["sample"].keys() == {"prompt", "text", "teacher"}
+    assert isinstance(result["sample"]["teacher"], str)
     file = io.StringIO()
     console.table(found.summary, file=file)
     assert "bits/byte" in file.getvalue()
