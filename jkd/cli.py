@@ -7,11 +7,14 @@ traceback with ``--traceback`` or ``JKD_TRACEBACK=1``).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from jkd import __version__
@@ -235,11 +238,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     show = "--traceback" in argv or os.environ.get("JKD_TRACEBACK", "") not in ("", "0")
     try:
-        code = _run(argv)
+        with _told_to_stop(argv[:1] in (["train"], ["cache"])):
+            code = _run(argv)
     except InputError as error:
         code = _say(str(error), BAD_INPUT, show)
+    except _NothingToSave:
+        typed = shlex.join(["jkd", *argv])
+        code = _say(f"stopped where nothing was to be saved; to go on: {typed}", STOPPED, show)
     except KeyboardInterrupt:
-        code = _say("interrupted", STOPPED if argv[:1] == ["train"] else FAILED, show)
+        lost = "; what came after the last checkpoint is lost" if argv[:1] == ["train"] else ""
+        code = _say(f"interrupted{lost}", FAILED, show)
     except BrokenPipeError:  # whoever read our output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FINISHED
@@ -250,6 +258,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = [] if type(error).__module__.startswith("jkd.") else [type(error).__name__]
         code = _say(f"failed: {': '.join([*kind, *([text] if text else [])])}{hint}", FAILED, show)
     return _left_alone(code)
+
+
+class _NothingToSave(KeyboardInterrupt):
+    """SIGINT or SIGTERM came before a run began, or between runs: the same command goes on, and nothing is lost."""
+
+
+@contextlib.contextmanager
+def _told_to_stop(resumable: bool) -> Iterator[None]:
+    """SIGTERM and SIGINT end a command that the same command resumes as they do one that is saved; a run has handlers of its own."""
+
+    def told(number: int, frame: object) -> None:
+        if _process()[1] == 1:
+            raise _NothingToSave
+        os.kill(os.getpid(), signal.SIGTERM)  # jax.distributed has it, and tells the others
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    owned = resumable and threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, told) for number in numbers if owned}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if number == signal.SIGINT or _process()[1] == 1:
+                signal.signal(number, handler)
 
 
 def _run(argv: list[str]) -> int:

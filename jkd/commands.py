@@ -86,7 +86,7 @@ def _train(
     except Stopped as stopped:
         watch.close()
         if lead:
-            print(f"jkd: stopped {stopped.run} at step {stopped.step}, saved in {workdir}; to go on: {typed}", file=sys.stderr)
+            print(f"jkd: {stopped}, saved in {workdir}; to go on: {typed}", file=sys.stderr)
         return STOPPED, {}
     except Exception as error:
         if not devices.out_of_memory(error):

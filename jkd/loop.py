@@ -26,6 +26,7 @@ from jkd.feed import Feed
 from jkd.hacking import Watch
 from jkd.health import Health
 from jkd.interrupts import Interrupts
+from jkd.interrupts import Stopped as Stopped
 from jkd.networks import models_of
 from jkd.resolve import make_context
 from jkd.results import Summary
@@ -34,14 +35,6 @@ from jkd.state import Frozen, State, freeze, init_state, step_shapes
 from jkd.step import deployed, make_term_gradients
 from jkd.types import Batch, Model
 from jkd.workdir import claim, write_json
-
-
-class Stopped(Exception):
-    """A signal came; the state is saved and the same call resumes it."""
-
-    def __init__(self, run: str, step: int, workdir: epath.Path | None):
-        self.run, self.step, self.workdir = run, step, workdir
-        super().__init__(f"stopped {run} at step {step}")
 
 
 class Failed(Exception):
@@ -122,8 +115,11 @@ def train(
             filling = caches_only and isinstance(node, Run) and isinstance(node.teacher, Cache)
             if name not in wanted and not filling:
                 continue
+            if interrupts.stop():
+                raise Stopped(name, 0, folder)
             if not isinstance(node, Run):
-                node = node(**{needed: artifacts[needed] for needed in dependencies(node)})
+                with interrupts.lifted():  # what a function does is not saved, and it cannot be asked
+                    node = node(**{needed: artifacts[needed] for needed in dependencies(node)})
             if not isinstance(node, Run):
                 artifacts.add(name, node)
                 continue
@@ -220,7 +216,9 @@ class _Training:
         if self.cache is not None:
             from jkd.cache import filling
 
-            filling.ready(self.cache, self.ctx, self.earlier, self.listener.message, whole=whole)
+            tell, stop = self.listener.message, self.interrupts.stop
+            if not filling.ready(self.cache, self.ctx, self.earlier, tell, whole=whole, stop=stop):
+                raise Stopped(self.name, 0, self.folder)
 
     def train(self) -> _Finished:
         self.fill()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -207,7 +208,18 @@ def test_a_label_outside_the_classes_is_found_while_training(classes, capsys):
         ),
         ("raise RuntimeError('two\\nlines')", 1, "failed: RuntimeError: two; JKD_TRACEBACK=1 shows where"),
         ("raise RuntimeError", 1, "failed: RuntimeError; JKD_TRACEBACK=1 shows where"),
-        ("raise KeyboardInterrupt", 75, "interrupted"),
+        ("raise KeyboardInterrupt", 1, "interrupted; what came after the last checkpoint is lost"),
+        # a function has nothing to save
+        (
+            "os.kill(os.getpid(), signal.SIGTERM)",
+            75,
+            "stopped where nothing was to be saved; to go on: jkd train mine.py --workdir w",
+        ),
+        (
+            "os.kill(os.getpid(), signal.SIGINT)",
+            75,
+            "stopped where nothing was to be saved; to go on: jkd train mine.py --workdir w",
+        ),
         (
             "raise Stopped('student', 3, None)",
             75,
@@ -220,6 +232,18 @@ def test_exit_codes_of_what_happens_in_a_training(raised, code, line, capsys):
     write(f"def node():\n    {raised}\n\n\ndef config():\n    return Experiment(node=node)\n")
     assert main(["train", "mine.py", "--workdir", "w"]) == code
     assert one_line(capsys).startswith(line)
+
+
+@pytest.mark.parametrize(("command", "code"), [("train", 75), ("cache", 75), ("describe", -signal.SIGTERM)])
+def test_a_notice_before_anything_began_is_one_of_a_command_that_goes_on(command, code):
+    """It comes while the config is read; the process of a command that has nothing to go on with dies of it."""
+    Path("early.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "jkd", command, "early.py"], capture_output=True, text=True, env=environment(JAX_PLATFORMS="cpu")
+    )
+    assert done.returncode == code, done.stderr
+    if code == 75:
+        assert done.stderr == f"jkd: stopped where nothing was to be saved; to go on: jkd {command} early.py\n"
 
 
 @pytest.mark.parametrize("how", ["--traceback", "JKD_TRACEBACK"])

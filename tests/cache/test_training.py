@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import signal
 import textwrap
 from pathlib import Path
 
@@ -302,27 +303,44 @@ def test_shapes_need_no_cache(tmp_path):
 # --- the command ---
 
 CONFIG = """
-import numpy as np
+import os
+import signal
 import tiny
 from jkd import Experiment, Run, cache, data, recipes
 
+def notice(record, rng):  # at the first record that is read after the teacher was trained
+    if os.path.exists("notice") and os.path.exists("w/teacher/result.json"):
+        os.remove("notice")
+        os.kill(os.getpid(), signal.SIGTERM)
+    return record
+
 def config(*, folder="answers"):
     rows = tiny.batch(40)
-    shared = dict(data=data.arrays(image=rows["image"], label=rows["label"]), batch_size=8)
+    shared = dict(batch_size=8, steps=2)
     answers = cache.Cache(path=folder, codec=cache.Dense(classes=tiny.CLASSES), teacher="teacher")
+    plain, watched = (data.arrays(image=rows["image"], label=rows["label"], train_maps=maps) for maps in ((), (notice,)))
     return Experiment(
-        teacher=tiny.run(recipe=recipes.Supervised(), teacher=None, steps=2, **shared),
-        student=tiny.run(teacher=answers, steps=2, **shared),
+        teacher=tiny.run(recipe=recipes.Supervised(), teacher=None, data=plain, **shared),
+        student=tiny.run(teacher=answers, data=watched, **shared),
     )
 """
 
 
-def test_the_command_fills_and_training_reads(tmp_path, monkeypatch, capsys):
+def test_the_command_fills_stops_when_it_is_told_to_goes_on_and_training_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(textwrap.dedent(CONFIG))
+    Path("notice").touch()
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["cache", "mine.py", "--workdir", "w"]) == 75
+    told = " ".join(capsys.readouterr().err.split())
+    assert "cache answers: stopped at 8 answers, which are kept" in told  # the batch that was under way
+    assert told.endswith("jkd: stopped before student, saved in w; to go on: jkd cache mine.py --workdir w")
+    assert not Path("answers/manifest.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
     assert main(["cache", "mine.py", "--workdir", "w"]) == 0
     told = capsys.readouterr().err
-    assert "cache answers: 40 answers (40 of them new)" in told.replace("\n", " ")
+    assert "cache answers: 40 answers (32 of them new)" in told.replace("\n", " ")
     assert json.loads(Path("answers/manifest.json").read_text())["manifest"]["examples"] == 40
     assert not Path("w/student").exists() or not Path("w/student/result.json").exists()
     assert main(["train", "mine.py", "--workdir", "w"]) == 0
