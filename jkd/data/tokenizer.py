@@ -143,19 +143,25 @@ class File:
     def size(self) -> int:
         return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
 
-    @property
+    @functools.cached_property
     def begin(self) -> int | None:
-        return self._named("bos_token")
+        return self._around("bos_token", "cls_token", 0)
 
-    @property
+    @functools.cached_property
     def end(self) -> int | None:
-        return self._named("eos_token")
+        return self._around("eos_token", "sep_token", -1)
 
-    def _named(self, field: str) -> int | None:
+    def _around(self, name: str, encoders: str, place: int) -> int | None:
+        """The token that tokenizer_config.json names (encoders have another name for theirs), else what the template of
+        tokenizer.json itself puts there: BERT's own files name none."""
         config = self._file.parent / _CONFIG
-        token = json.loads(config.read_text(encoding="utf-8")).get(field) if config.exists() else None
-        token = token["content"] if isinstance(token, dict) else token
-        return None if token is None else self._fast.token_to_id(token)
+        named = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        token = named.get(name) or named.get(encoders)
+        if token is not None:
+            return self._fast.token_to_id(token["content"] if isinstance(token, dict) else token)
+        written = self._fast.encode("a", add_special_tokens=True)
+        added = written.special_tokens_mask
+        return written.ids[place] if len(set(added)) == 2 and added[place] else None
 
     @functools.cached_property
     def fingerprint(self) -> str:

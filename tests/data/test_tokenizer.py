@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from jkd import data
 from jkd.data.tokenizer import Bytes, File, check_same
 from jkd.errors import InputError
 
@@ -61,6 +62,24 @@ def test_a_file(tmp_path):
     assert File(tmp_path / "b" / "tokenizer.json").fingerprint == file.fingerprint
     assert File(tmp_path / "b").end == 1
     assert File(trained(tmp_path / "c").path).end is None
+
+
+@pytest.mark.parametrize("config", [None, {"cls_token": "[CLS]", "sep_token": {"content": "[SEP]"}}, {"do_lower_case": True}])
+def test_an_encoders_documents_stand_between_its_own_tokens(tmp_path, config):
+    """As BERT has them: named as such, or told by the template in tokenizer.json alone."""
+    fast = tokenizers.Tokenizer(models.WordPiece({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "fox": 4}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    if config is None or "cls_token" not in config:
+        around = dict(pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+        fast.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", **around)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    file = File(tmp_path)
+    assert (file.begin, file.end) == (2, 3)
+    held = data.documents(["fox fox", "fox"], length=8, layout="fit", tokenizer=file)
+    assert held.train.records([0])[0]["tokens"].tolist() == [2, 4, 4, 3, 2, 4, 3, 0]
 
 
 def test_fingerprints_tell_meaning_from_bytes_of_the_file(tmp_path):
