@@ -18,8 +18,12 @@ FOLDER = Path(__file__).parent.parent / "configs"
 
 
 QUICK = ("digits",)
-# one of each kind of node: all methods of this config have been trained (docs/methods.md)
-SETS = {"digits_methods": ['methods=("kd", "ab", "crd", "mlld", "mean_teacher")']}
+# one of each kind of node: all methods of the first have been trained (docs/methods.md), and of the second those that read logits
+# alone know nothing of its networks
+SETS = {
+    "digits_methods": ['methods=("kd", "ab", "crd", "mlld", "mean_teacher")'],
+    "cifar100_table": ['methods=("kd", "at", "sp", "cc", "ab", "fsp", "ofd", "crd", "reviewkd", "simkd", "srrl")'],
+}
 
 
 @pytest.mark.parametrize(
