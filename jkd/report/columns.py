@@ -30,6 +30,11 @@ def columns(groups: Sequence[Group]) -> list[Column]:
     """Those that some row has something in, the most important first."""
     rows = [row for group in groups for row in group.rows]
     known = [
+        Column(
+            "bits per byte",
+            _stat("bits_per_byte", _spread(4)),
+            "of the evaluation text, whatever the vocabulary; less is better",
+        ),
         Column("accuracy, %", _stat("accuracy", _percent(2))),
         Column("gain", _stat("gain", _percent(2, sign="+")), "difference in accuracy to the control of the same seed, points"),
         Column("published", _published, _published_on(groups)),
@@ -47,13 +52,14 @@ def columns(groups: Sequence[Group]) -> list[Column]:
     more = [
         Column(name.replace("_", " "), _stat(name, _spread(3))) for name in names if name not in _TOLD and not _of_teacher(name)
     ]
-    shown = [*known[:3], *more, *known[3:]]
+    shown = [*known[:4], *more, *known[4:]]
     seeds = Column("seeds", _seeds, "finished")
     lead = [seeds] if any(len(row.records) > 1 for row in rows) else []
     return [*lead, *(column for column in shown if any(column.cell(row) for row in rows))]
 
 
 _TOLD = {
+    "bits_per_byte",
     "accuracy",
     "gain",
     "agreement",

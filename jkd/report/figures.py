@@ -15,12 +15,15 @@ from jkd.report.records import Record
 STYLES: dict[Role, str] = {"method": "student", "stage": "student", "control": "control", "teacher": "teacher"}
 """Classes of the page's CSS."""
 _METRICS = {
+    "bits_per_byte": ("Bits per byte", 1.0),
     "accuracy": ("Accuracy, %", 100.0),
     "nll": ("NLL, nats", 1.0),
     "ece": ("Expected calibration error, %", 100.0),
     "agreement": ("Agreement with the teacher, %", 100.0),
     "kl": ("KL(teacher || student), nats", 1.0),
 }
+_LESS = {"bits_per_byte", "kl"}
+"""What is better the smaller it is."""
 _FEW = 20
 """Most classes that are drawn in their order, each with its name."""
 
@@ -69,8 +72,8 @@ class _Side:
 
 
 def overview(group: Group) -> list[Figure]:
-    """Every run beside control and teacher: accuracy, and how near it comes to the teacher."""
-    found = [_dots(group, name) for name in ("accuracy", "agreement", "kl")]
+    """Every run beside control and teacher: how well it does, and how near it comes to the teacher."""
+    found = [_dots(group, name) for name in ("bits_per_byte", "accuracy", "agreement", "kl")]
     return [figure for figure in found if figure is not None]
 
 
@@ -81,7 +84,7 @@ def figures(group: Group, row: Row) -> list[Figure]:
     found: list[Figure | None] = [
         _curves("Training loss", "train", "loss", sides, note="each recipe's own: another recipe's is on another scale")
     ]
-    for name in ("accuracy", *sorted(others), "nll", "ece", "agreement", "kl"):
+    for name in ("bits_per_byte", "accuracy", *sorted(others), "nll", "ece", "agreement", "kl"):
         title, scale = _METRICS.get(name, (name.replace("_", " "), 1.0))
         found.append(_curves(title, "eval", name, sides, scale=scale))
     found += [_reliability(sides), _classes(sides), _shares(row), _cosines(row), _norms(row)]
@@ -242,7 +245,7 @@ def _dots(group: Group, name: str) -> Figure | None:
     rows = [row for row in group.rows if name in row.stats and row.role != "stage"]
     if len(rows) < 2:
         return None
-    sign = -1 if name == "kl" else 1
+    sign = -1 if name in _LESS else 1
     rows.sort(key=lambda row: sign * row.stats[name].mean)
     stats = [row.stats[name] for row in rows]
     values = [scale * value for stat in stats for value in (*stat.values, *stat.span)]

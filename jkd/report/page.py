@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from jkd.report.columns import Column, columns, number
 from jkd.report.compare import Group, Row
-from jkd.report.figures import Figure, figures, overview
+from jkd.report.figures import STYLES, Figure, figures, overview
+from jkd.report.samples import Sampled, sampled
 
 OPEN = 2
 """Runs whose charts are shown at once; of more, each is opened by its line."""
@@ -79,7 +80,8 @@ def _row(row: Row, values: str, found: Sequence[Column]) -> str:
 
 def _charts(group: Group) -> str:
     shown = [row for row in group.rows if row.role == "method"] or [row for row in group.rows if row.role != "stage"]
-    return _figures(overview(group)) + "".join(_run(group, row, is_open=len(shown) <= OPEN) for row in shown)
+    said = "".join(map(_said, sampled(group)))
+    return _figures(overview(group)) + said + "".join(_run(group, row, is_open=len(shown) <= OPEN) for row in shown)
 
 
 def _run(group: Group, row: Row, *, is_open: bool) -> str:
@@ -87,6 +89,8 @@ def _run(group: Group, row: Row, *, is_open: bool) -> str:
     if not drawn:
         return ""
     told = [row.status] if row.status else []
+    if "bits_per_byte" in row.stats:
+        told.append(f"{number(row.stats['bits_per_byte'], 4)} bits per byte")
     if "accuracy" in row.stats:
         told.append(f"{number(row.stats['accuracy'], 2, scale=100)} %")
     if "gain" in row.stats:
@@ -120,6 +124,22 @@ def _figure(figure: Figure) -> str:
         legend = f'<ul class="legend">{items}</ul>'
     note = f'<p class="note">{_text(figure.note)}</p>' if figure.note else ""
     return f"<figure><figcaption>{_text(figure.title)}</figcaption>{legend}{figure.drawing}{note}</figure>"
+
+
+def _said(one: Sampled) -> str:
+    """A prompt, and beside each other what followed."""
+    sides = "".join(
+        f'<div class="{STYLES[voice.role]}"><h4>{_text(voice.label)}</h4><pre>{_printed(voice.text)}</pre></div>'
+        for voice in one.voices
+    )
+    note = "each goes on with the beginning of the first evaluation text, drawn with the same seed"
+    prompt = f"<pre>{_printed(one.prompt)}</pre>"
+    return f'<div class="samples"><h3>In their own words</h3><p class="note">{note}</p>{prompt}<div class="said">{sides}</div></div>'
+
+
+def _printed(text: str) -> str:
+    """What a model says may hold anything: of what is no character HTML has, a mark is left."""
+    return _text(re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.replace("\r\n", "\n")))
 
 
 def _text(text: str) -> str:

@@ -29,6 +29,8 @@ class Record:
         metrics: its last evaluation.
         details: sums by bin and by class (`jkd.evaluate.detail`).
         lines: ``metrics.jsonl``, ``{"step": …, name: value}`` in the order of the steps.
+        sample: of a language model, ``prompt``, what its product says (``text``), and its ``teacher`` (`jkd.samples`); else empty.
+        classes: their names, where the data know them.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Record:
     metrics: dict[str, float]
     details: dict[str, dict[str, list[float]]]
     lines: tuple[dict[str, Any], ...]
+    sample: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -190,7 +194,16 @@ def _record(name: str, config: Any, folder: epath.Path) -> Record:
                 continue
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 lines.append(line)
-    return Record(name, config, result.get("summary"), result.get("metrics", {}), result.get("details", {}), tuple(lines))
+    return Record(
+        name,
+        config,
+        result.get("summary"),
+        result.get("metrics", {}),
+        result.get("details", {}),
+        tuple(lines),
+        {"teacher": None, **result["sample"]} if "sample" in result else {},
+        tuple(result.get("classes", ())),
+    )
 
 
 def _json(file: epath.Path) -> Any:
