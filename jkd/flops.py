@@ -66,11 +66,14 @@ class Work:
         return Work(**{field.name: getattr(self, field.name) * times for field in dataclasses.fields(Work)})
 
 
-def of_step(ctx: Context) -> Work:
-    """The work of one step of a run over its global batch, nothing repeated; an update with ``every=n`` counts 1/n.
+def of_step(ctx: Context, *, mean: bool = True) -> Work:
+    """The work of one step of a run over its global batch, nothing repeated.
 
     Generation and other work of `Recipe.prepare` is a program of its own and not in it. An update whose `when` waits for the
     memory counts as if it ran at every step.
+
+    Args:
+        mean: of all steps: an update with ``every=n`` counts 1/n. Else the work of a step in which every update runs.
     """
     arguments = step_shapes(ctx)
     work = Work()
@@ -84,7 +87,7 @@ def of_step(ctx: Context) -> Work:
 
         jaxpr, shapes = jax.make_jaxpr(forward, return_shape=True)(*arguments)
         wanted = [place == 0 for place, part in enumerate(shapes) for _ in jax.tree.leaves(part)]
-        work += _count(jaxpr, jax.tree.leaves(_marks(ctx, update, *arguments)), wanted) * (1 / update.every)
+        work += _count(jaxpr, jax.tree.leaves(_marks(ctx, update, *arguments)), wanted) * (1 / update.every if mean else 1)
     return work
 
 

@@ -1,7 +1,8 @@
 """Reads a compiled program's text (`compiled.as_text()`): what devices tell each other, and what lies in their memory.
 
 The text is of one device's program after partitioning and scheduling: shapes are of what this device holds. What stands in a loop's
-body counts as often as the loop runs, so a layer under `jax.lax.scan` counts as many times as there are layers.
+body counts as often as the loop runs, so a layer under `jax.lax.scan` counts as many times as there are layers; of a condition's
+branches, of which one runs, the dearest counts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
@@ -84,7 +85,12 @@ def collectives(text: str) -> list[Collective]:
     program = _parse(text)
     callers = {called: one for body in program.computations.values() for one in body for _, called in one.computations()}
     found, chains = [], set[tuple[str, str]]()
-    for name, times in _times(program).items():
+
+    def told(name: str) -> float:
+        there = [one for one in program.computations[name] if one.op.removesuffix("-start") in KINDS]
+        return sum(array.bytes for one in there for array in one.arrays)
+
+    for name, times in _times(program, cost=told).items():
         results = {each.name: each.arrays for each in program.computations[name]}
         for one in program.computations[name]:
             kind = one.op.removesuffix("-start")
@@ -143,11 +149,13 @@ def traffic(text: str) -> int:
     Of an array that a scan cuts a layer from, or puts one into, the layer counts.
     """
     program = _parse(text)
-    moved = 0
-    for name, times in _times(program, fused=False).items():
+
+    @functools.cache
+    def moved(name: str) -> int:
         known = {one.name: one for one in program.computations[name]}
-        moved += times * sum(_moved(program, one, known) for one in known.values() if one.works)
-    return moved
+        return sum(_moved(program, one, known) for one in known.values() if one.works)
+
+    return sum(times * moved(name) for name, times in _times(program, fused=False, cost=moved).items())
 
 
 def kept(text: str) -> int:
@@ -309,17 +317,31 @@ def _arrays(written: str) -> tuple[Array, ...]:
     return tuple(found)
 
 
-def _times(program: _Program, *, fused: bool = True) -> dict[str, int]:
-    """How often a run of the program enters each computation; those of fusions on demand."""
+def _times(program: _Program, *, fused: bool = True, cost: Callable[[str], float] | None = None) -> dict[str, int]:
+    """How often a run of the program enters each computation; those of fusions on demand.
+
+    ``cost`` is of one computation by itself: of a condition's branches only the dearest is then entered.
+    """
     times: collections.Counter[str] = collections.Counter()
+
+    def entered(one: _Instruction) -> list[tuple[str, int]]:
+        if one.op == "fusion" and not fused:
+            return []
+        found = [(called, where) for where, called in one.computations() if called in program.computations]
+        if one.op == "conditional" and cost is not None:
+            return [(max((called for called, _ in found), key=dear), 1)] if found else []
+        return [(called, _turns(program, one) if where == "body" else 1) for called, where in found]
+
+    @functools.cache
+    def dear(name: str) -> float:
+        inner = [each for one in program.computations[name] for each in entered(one)]
+        return cost(name) + sum(turns * dear(called) for called, turns in inner) if cost is not None else 0
 
     def enter(name: str, count: int) -> None:
         times[name] += count
         for one in program.computations.get(name, ()):
-            for attribute, called in one.computations():
-                if called not in program.computations or (one.op == "fusion" and not fused):
-                    continue
-                enter(called, count * (_turns(program, one) if attribute == "body" else 1))
+            for called, turns in entered(one):
+                enter(called, count * turns)
 
     enter(program.entry, 1)
     return dict(times)

@@ -2,7 +2,8 @@
 
 The program is the run's own, lowered with shapes and compiled ahead of time; no weight is made. Memory, collectives and their bytes
 are read from it. The predicted time is a roofline's: the slowest of arithmetic at the chip's peak, of memory traffic and of the
-interconnect, as if they overlapped perfectly, so a step takes no less.
+interconnect, as if they overlapped perfectly, so a step takes no less where the program is the device's own; for GPUs it is the
+CPU's (`Topology.exact`), and what is read from it an estimate.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Plan:
         fits: whether one chip's memory holds it all.
         bytes_per_chip: ``{part: bytes}``; their sum is what a chip must hold.
         largest: the largest buffers of the program.
-        work: operations of one step, by whose they are.
-        executed: operations of one step, recomputed ones too.
+        work: operations of one step, in which every update runs, by whose they are.
+        executed: operations of that step, recomputed ones too.
         traffic: collectives by kind and owner.
         seconds: the three times of the roofline: ``compute``, ``memory``, ``interconnect``.
         compile_s: seconds that the compiler took.
@@ -70,7 +71,7 @@ class Plan:
     largest: list[hlo.Buffer]
     work: flops.Work
     executed: float
-    traffic: list[Traffic]
+    traffic: list[Traffic] | None
     seconds: dict[str, float] | None
     compile_s: float
     refusal: str = ""
@@ -92,7 +93,7 @@ class Plan:
             "fits": self.fits,
             "bytes_per_chip": self.bytes_per_chip,
             "flops_per_step": {"teacher": self.work.teacher, "student": self.work.student},
-            "collectives": [{"kind": t.kind, "bytes": t.bytes, "count": t.count, "of": t.of} for t in self.traffic],
+            "collectives": None if self.traffic is None else [_row(each) for each in self.traffic],
             "predicted_step_s": self.step_s,
             "bound_by": self.bound_by,
             "compile_s": self.compile_s,
@@ -123,10 +124,10 @@ def plan(run: Run, topology: Topology) -> Plan:
     text = compiled.as_text() if compiled is not None else ""
     parts = _bytes(ctx, compiled, text, refusal)
     chip, chips = topology.chip, len(topology.devices)
-    found = _traffic(ctx, hlo.collectives(text)) if text else []
+    found = _traffic(ctx, hlo.collectives(text)) if compiled is not None else None
     executed = flops.of_program(step, *shapes)
     seconds = None
-    if chip is not None and compiled is not None:
+    if chip is not None and found is not None:
         seconds = {
             "compute": executed / chips / chip.peak(run.compute_dtype),
             "memory": hlo.traffic(text) / chip.memory_bandwidth,
@@ -139,7 +140,7 @@ def plan(run: Run, topology: Topology) -> Plan:
         fits=fits,
         bytes_per_chip=parts,
         largest=hlo.distinct(hlo.buffers(text))[:LARGEST] if text else [],
-        work=flops.of_step(ctx),
+        work=flops.of_step(ctx, mean=False),
         executed=executed,
         traffic=found,
         seconds=seconds,
@@ -173,6 +174,10 @@ def pick(experiment: Experiment, name: str | None = None) -> tuple[str, Run]:
     if resolved is None:
         raise InputError(f"{name}: its teacher is what the node {run.teacher!r} gives; shapes are known when that has run")
     return name, resolved
+
+
+def _row(traffic: Traffic) -> dict[str, Any]:
+    return {name: getattr(traffic, name) for name in ("kind", "bytes", "count", "of")}
 
 
 def _bytes(ctx: Context, compiled: Any, text: str, refusal: str) -> dict[str, int]:

@@ -24,18 +24,22 @@ def _head(name: str, plan: Plan) -> list[str]:
     ctx, chips = plan.ctx, len(plan.topology.devices)
     axes = ", ".join(f"{axis} {size}" for axis, size in ctx.mesh.shape.items())
     what = plan.topology.chip.name if plan.topology.chip else "cpu"
-    kind = "" if plan.topology.exact else "; compiled for as many CPU devices: temporaries and times are estimates"
+    kind = "" if plan.topology.exact else "; compiled for as many CPU devices: what the compiler decides is an estimate"
     lines = [
         f"{name} on {plan.topology.name}: {chips} {what} chips, mesh {axes}{kind}",
         f"{type(ctx.recipe).__name__}, batch {ctx.run.batch_size}, {ctx.run.microbatches} microbatch(es), {ctx.run.compute_dtype}; "
         f"compiled in {plan.compile_s:.1f} s",
     ]
-    return lines + (["the recipe's `prepare` (rollouts, …) is a program of its own, not counted here"] if ctx.prepares else [])
+    if ctx.prepares:
+        lines.append("the recipe's `prepare` (rollouts, …) is a program of its own, not counted here")
+    if _rare(plan):
+        lines.append(f"updates run every {_rare(plan)} steps; here all of them run")
+    return lines
 
 
 def _memory(plan: Plan) -> list[str]:
     total, chip = sum(plan.bytes_per_chip.values()), plan.topology.chip
-    guess = () if plan.topology.exact else ("activations", "temporaries")
+    guess = () if plan.topology.exact else ("activations", "temporaries", "program")
     rows = [(f"{what}{' (estimate)' if what in guess else ''}", _bytes(size)) for what, size in plan.bytes_per_chip.items()]
     lines = ["memory of one chip", *_columns([*rows, ("all", _bytes(total))])]
     if chip is not None:
@@ -46,7 +50,7 @@ def _memory(plan: Plan) -> list[str]:
     if plan.refusal:
         lines += ["the compiler says:", *(f"  {line}" for line in plan.refusal.splitlines()[:40] if line.strip())]
     if plan.largest:
-        lines.append("largest buffers")
+        lines.append(_guess(plan, "largest buffers"))
     for buffer in plan.largest:
         shape, of = str(buffer.array), buffer.of.replace("\\'", "'") or buffer.op
         lines.append(f"  {shape:<28} {_bytes(buffer.bytes):>10}  {of}")
@@ -64,12 +68,12 @@ def _work(plan: Plan) -> list[str]:
 
 def _collectives(plan: Plan) -> list[str]:
     if not plan.traffic:
-        return ["collectives of a step: " + ("not known" if plan.refusal else "none")]
+        return ["collectives of a step: " + ("not known" if plan.traffic is None else "none")]
     rows = [(t.kind, f"of {t.of}", f"{t.count}", _bytes(t.bytes), _bytes(t.sent)) for t in plan.traffic]
     theirs = sum(t.bytes for t in plan.traffic if t.of == "teacher")
     last = f"the teacher's: {_bytes(theirs)}" if theirs else "the teacher has none"
     head = ("kind", "", "count", "bytes", "sent by a chip")
-    return ["collectives of a step", *_columns([head, *rows]), *([last] if plan.ctx.teacher is not None else [])]
+    return [_guess(plan, "collectives of a step"), *_columns([head, *rows]), *([last] if plan.ctx.teacher is not None else [])]
 
 
 def _time(plan: Plan) -> list[str]:
@@ -82,8 +86,9 @@ def _time(plan: Plan) -> list[str]:
         "interconnect": f"{chip.link_bandwidth / 1e9:,.0f} GB/s ({chip.link})",
     }
     rows = [(what, _seconds(seconds), f"at {rates[what]}") for what, seconds in plan.seconds.items()]
+    claim = "it takes no less" if plan.topology.exact else "memory traffic and collectives are an estimate"
     return [
-        "time of a step, at the chip's peaks and with perfect overlap: it takes no less",
+        f"time of a step, at the chip's peaks and with perfect overlap: {claim}",
         *(f"  {what:<13} {seconds:>10}  {rate}" for what, seconds, rate in rows),
         f"predicted: {_seconds(plan.step_s or 0)}, bound by {plan.bound_by}",
         f"constants: {chip.source}",
@@ -101,8 +106,19 @@ def _whole(plan: Plan, price: float | None) -> list[str]:
         hours = run.steps * plan.step_s / 3600
         spent = hours * len(plan.topology.devices)
         cost = f", {price * spent:,.2f} at {price:g} for a chip and an hour" if price is not None else ""
-        lines.append(f"at least {hours:.4g} hours, {spent:.4g} chip-hours{cost}; evaluation, compilation and data come on top")
+        least = "at least" if plan.topology.exact and not _rare(plan) else "about"
+        lines.append(f"{least} {hours:.4g} hours, {spent:.4g} chip-hours{cost}; evaluation, compilation and data come on top")
     return lines
+
+
+def _guess(plan: Plan, heading: str) -> str:
+    return heading if plan.topology.exact else f"{heading} (estimate)"
+
+
+def _rare(plan: Plan) -> str:
+    """The periods of the updates, where not all run at every step."""
+    every = [update.every for update in plan.ctx.updates]
+    return ", ".join(map(str, every)) if max(every) > 1 else ""
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

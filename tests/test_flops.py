@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +12,7 @@ from tiny import CLASSES, FEATURES, ROWS, network, weights
 
 from jkd import flops, recipes
 from jkd.models import decoder, resnet
+from jkd.recipe import Update
 from jkd.resolve import make_context
 from jkd.state import step_shapes
 from jkd.step import make_step
@@ -60,6 +63,22 @@ def test_scans_count_every_turn_conditions_their_dearest_branch_and_what_nothing
     assert flops.of_program(chosen, x, w) == 2 * once
     assert flops.of_program(unread, x, w) == 0
     assert flops.of_program(jax.jit(jax.checkpoint(scanned)), x, w) == 5 * once
+
+
+def test_an_update_of_every_third_step_counts_a_third_of_what_it_is_when_it_runs():
+    """`updates` is a field of no recipe: this one's second update is its first, less often."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Twice(recipes.KD):
+        @property
+        def updates(self):
+            return (Update(), Update(every=3, name="again"))
+
+    once = flops.of_step(kd()).total
+    ctx = kd(recipe=Twice())
+    assert flops.of_step(ctx).total == pytest.approx(once * 4 / 3)
+    assert flops.of_step(ctx, mean=False).total == 2 * once
+    assert flops.of_program(make_step(ctx), *step_shapes(ctx)) == 2 * once  # nothing is computed again
 
 
 def test_stopped_gradients_stop():

@@ -142,6 +142,50 @@ def test_what_a_started_operation_only_reads_is_no_buffer_of_its_own():
     assert hlo.traffic(STARTED) == copies + (small + large) + (small + small) + 3 * large
 
 
+# One of two branches runs, in a loop of 3: the first tells more, the second moves more.
+EITHER = """\
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%tells (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %sum = f32[8]{0} all-reduce(%a), replica_groups={}, to_apply=%add
+}
+
+%moves (b: f32[8]) -> f32[8] {
+  %b = f32[8]{0} parameter(0)
+  %small = f32[2]{0} all-reduce(%b), replica_groups={}, to_apply=%add
+  %wide = f32[64]{0} broadcast(%small), dimensions={}
+  ROOT %cut = f32[8]{0} slice(%wide), slice={[0:8]}
+}
+
+%body (c: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %c = (s32[], f32[8]{0}) parameter(0)
+  %turn = s32[] get-tuple-element(%c), index=0
+  %row = f32[8]{0} get-tuple-element(%c), index=1
+  %either = f32[8]{0} conditional(%turn, %row, %row), branch_computations={%tells, %moves}
+  ROOT %next = (s32[], f32[8]{0}) tuple(%turn, %either)
+}
+
+%condition (d: (s32[], f32[8])) -> pred[] {
+  %d = (s32[], f32[8]{0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  ROOT %loop = (s32[], f32[8]{0}) while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_of_a_conditions_branches_the_dearest_counts():
+    (found,) = hlo.collectives(EITHER)
+    assert (found.bytes, found.count) == (8 * 4, 3)
+    reduces, spreads, cuts = (8 + 2) * 4, (2 + 64) * 4, 2 * 8 * 4
+    assert hlo.traffic(EITHER) == 3 * (reduces + spreads + cuts)
+    assert {one.bytes for one in hlo.buffers(EITHER, smallest=8)} == {8, 32, 256}  # at one time or another there are all
+
+
 @pytest.mark.parametrize(
     ("written", "wanted"),
     [

@@ -18,7 +18,8 @@ from jkd import configfile, data, hlo, losses, plan, plantext, topology, trees
 from jkd.cli import main, parser
 from jkd.config import Experiment
 from jkd.errors import InputError, MissingExtra
-from jkd.recipe import Recipe
+from jkd.recipe import Recipe, Update
+from jkd.recipes import KD
 from jkd.sharding import MeshShape
 from jkd.types import Term
 
@@ -57,6 +58,7 @@ def planned(name: str) -> plan.Plan:
 
 
 def bytes_of(made: plan.Plan, *kinds: str, of: str | None = None) -> int:
+    assert made.traffic is not None
     return sum(each.bytes for each in made.traffic if each.kind in kinds and of in (None, each.of))
 
 
@@ -149,13 +151,51 @@ def test_the_text_says_whether_it_fits_how_long_and_how_dear():
     text = plantext.text("student", made, price=2.0)
     assert "gpu:h100x8: 8 h100 chips, mesh data 8" in text
     assert "FITS: " in text
-    assert "temporaries (estimate)" in text
     assert f"bound by {made.bound_by}" in text
     assert "5 steps, 1,280 examples" in text
     assert "at 2 for a chip and an hour" in text
-    small = dataclasses.replace(made, fits=False, seconds=None, refusal="Used 20.0G of 15.75G hbm.")
+    small = dataclasses.replace(made, fits=False, seconds=None, traffic=None, refusal="Used 20.0G of 15.75G hbm.")
     assert "DOES NOT FIT" in plantext.text("student", small)
     assert "Used 20.0G of 15.75G hbm." in plantext.text("student", small)
+    assert "collectives of a step: not known" in plantext.text("student", small)
+    assert small.as_json()["collectives"] is None  # there may be some
+    assert dataclasses.replace(made, traffic=[]).as_json()["collectives"] == []
+
+
+def test_what_another_compiler_says_is_an_estimate():
+    """For GPUs the CPU's compiler stands in: no line of what it decided is told as a fact or as a bound."""
+    stood_in = planned("data")
+    assert not stood_in.topology.exact
+    own = dataclasses.replace(stood_in, topology=dataclasses.replace(stood_in.topology, exact=True))
+    guesses = [
+        *(f"  {part} (estimate)" for part in ("activations", "temporaries", "program")),
+        "largest buffers (estimate)",
+        "collectives of a step (estimate)",
+        "perfect overlap: memory traffic and collectives are an estimate",
+        "about ",
+    ]
+    for made, found, left in (
+        (stood_in, guesses, ("takes no less", "at least")),
+        (own, ("takes no less", "at least"), guesses),
+    ):
+        text = plantext.text("student", made)
+        assert all(f"{words}" in text for words in found)
+        assert not any(f"{words}" in text for words in left)
+    for exact in ("parameters", "optimizer", "teacher"):
+        assert f"  {exact} (estimate)" not in plantext.text("student", stood_in)
+
+
+def test_updates_that_do_not_run_at_every_step_are_told():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Often(KD):
+        @property
+        def updates(self):
+            return (Update(), Update(every=4, name="rare"))
+
+    made = planned("data")
+    assert "here all of them run" not in plantext.text("student", made)
+    rare = dataclasses.replace(made.ctx, run=dataclasses.replace(made.ctx.run, recipe=Often()))
+    assert "updates run every 1, 4 steps; here all of them run" in plantext.text("student", dataclasses.replace(made, ctx=rare))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +289,7 @@ def test_a_program_that_does_not_fit_is_told_and_not_a_crash():
     assert made.fits is False
     assert sum(made.bytes_per_chip.values()) > made.topology.chip.memory
     assert made.as_json()["predicted_step_s"] is None
+    assert made.as_json()["collectives"] is None
     assert "DOES NOT FIT" in plantext.text("student", made)
 
 
