@@ -67,7 +67,8 @@ class Checkpoints:
         self._host, self._hosts = jax.process_index(), jax.process_count()
         self._damaged: set[str] = set()
         self._thread: threading.Thread | None = None
-        self._arrays = ArrayStore()
+        self._save = peers.Together("no save")
+        self._arrays = ArrayStore(lambda **options: self._save.meet(**options))
         self.directory = _directory(directory)
         if self._hosts > 1 and not direct(self.directory):
             raise InputError(
@@ -77,8 +78,8 @@ class Checkpoints:
     def save(self, step: int, state: State, meta: dict, metrics: Mapping[str, float] | None = None) -> None:
         """Starts to write a checkpoint; returns as soon as the state may be donated.
 
-        A save that is still under way is waited for first. When writing fails (no space left, say) that is reported, what was
-        written is removed, earlier checkpoints stay, and the next save tries again.
+        A save that is still under way is waited for first. When writing fails (no space left, say), on this host or another, that
+        is reported, what was written is removed, earlier checkpoints stay, and the next save tries again.
 
         Args:
             step: updates done.
@@ -99,13 +100,13 @@ class Checkpoints:
         place, ticket = self._prepare(step), next(_TICKETS)
         if place is None:
             return
+        self._save, wrong = peers.Together(f"save {ticket}"), None
         try:
             self._arrays.save(place / "arrays", state)
         except OSError as error:
-            self._failed(step, error)
-            return
+            wrong = error
         self._thread = threading.Thread(
-            target=self._finish, args=(step, place, texts, metrics, ticket), name=f"checkpoint {step}"
+            target=self._finish, args=(step, place, texts, metrics, ticket, wrong), name=f"checkpoint {step}"
         )
         self._thread.start()
 
@@ -228,15 +229,20 @@ class Checkpoints:
         return self.directory / name
 
     def _finish(
-        self, step: int, place: epath.Path, texts: Mapping[str, str], metrics: Mapping[str, float], ticket: int
+        self,
+        step: int,
+        place: epath.Path,
+        texts: Mapping[str, str],
+        metrics: Mapping[str, float],
+        ticket: int,
+        wrong: Exception | None,
     ) -> None:
         """In the background: the rest of the files, the manifest, and then what is no longer needed."""
-        wrong: Exception | None = None
         try:
             for name, text in texts.items():
                 (place / name).write_text(text)
         except OSError as error:
-            wrong = error
+            wrong = wrong or error
         try:
             self._arrays.wait()
             if wrong is None:
@@ -245,10 +251,14 @@ class Checkpoints:
             wrong = wrong or error
         leftover: Exception | None = None
         try:
+            if wrong is not None:
+                self._save.fail(_line(wrong))
             self._barrier(f"{ticket}_written")
+            if wrong is None and (why := self._save.failure()):
+                wrong = peers.Elsewhere(why)
             try:
-                if self._host == 0:
-                    self._prune(place)
+                if self._host == 0 and not self._prune(place):
+                    wrong = wrong or peers.Elsewhere("another host's files are not there")
             finally:
                 self._barrier(f"{ticket}_pruned")  # what is there after `wait` is the same for all
         except Exception as error:  # a peer that died (a kind of jaxlib's), or files that cannot be removed
@@ -263,11 +273,15 @@ class Checkpoints:
         reason = error if isinstance(error, str) else _line(error)
         self._report(f"checkpoint {step} could not be written: {reason}; training goes on")
 
-    def _prune(self, written: epath.Path) -> None:
-        """Removes all but the newest, the best and the one just written; or that one alone, where it is not finished."""
+    def _prune(self, written: epath.Path) -> bool:
+        """Removes all but the newest, the best and the one just written; or that one alone, where it is not finished.
+
+        Returns:
+            Whether it is.
+        """
         if not manifest.hosts(written):
             written.rmtree()
-            return
+            return False
         finished = self._finished()
         kept = {step: finished[step] for step in sorted(finished)[-self._keep :]}
         best = self.best_step()
@@ -279,6 +293,7 @@ class Checkpoints:
                         if manifest.NAME.fullmatch(path.name):
                             path.unlink()  # first: a checkpoint that is half removed must not look finished
                     place.rmtree()
+        return True
 
     def _tell_unfinished(self, finished: Mapping[int, epath.Path]) -> None:
         newest = max(finished, default=-1)

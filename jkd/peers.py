@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # its client: jax has no other way to say something without a device
+from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
 from jkd import fingerprint, provenance
@@ -16,6 +19,8 @@ from jkd.errors import InputError
 
 _ROOM = 1000
 """Bytes of a verdict: all processes must send as many."""
+_PATIENCE_MS = 2000
+"""How long a process waits for the others before it asks whether one has failed."""
 
 
 def from_first(text: str) -> str:
@@ -35,6 +40,60 @@ def first_word(text: str) -> str:
     mine = np.frombuffer(text.encode()[:_ROOM].ljust(_ROOM), np.uint8)
     lines = [bytes(row).decode(errors="ignore").strip() for row in multihost_utils.process_allgather(mine)]
     return next(filter(None, lines), "")
+
+
+class Elsewhere(Exception):
+    """Another process failed at what all do together; says which and why."""
+
+
+class Together:
+    """Something that all processes do beside their training, such as a save, without a device; who fails says so to all.
+
+    Args:
+        name: the same in all processes, and never used before.
+    """
+
+    def __init__(self, name: str):
+        self._name = f"jkd/{name}"
+        self._client: Any = distributed.global_state.client if jax.process_count() > 1 else None
+
+    def fail(self, why: str) -> None:
+        """Tells the others, who shall not wait for this process. The first word of several counts."""
+        if self._client is not None and not self.failure():
+            said = f"process {jax.process_index()}: {why}"
+            self._client.key_value_set(f"{self._name}/failed", said, allow_overwrite=True)
+
+    def failure(self) -> str:
+        """What the process said that failed; empty where none did."""
+        try:
+            return "" if self._client is None else self._client.key_value_try_get(f"{self._name}/failed")
+        except JaxRuntimeError as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+            return ""
+
+    def meet(self, *, key: str, timeout_ms: int) -> None:
+        """Returns when all processes are here; no two places have the same ``key``.
+
+        Raises:
+            Elsewhere: one has failed.
+            TimeoutError: one did not come in time.
+        """
+        if self._client is None:
+            return
+        until = time.monotonic() + timeout_ms / 1000
+        if self._client.key_value_increment(f"{self._name}/{key}/here", 1) == jax.process_count():
+            self._client.key_value_set(f"{self._name}/{key}/all", "here")
+        while time.monotonic() < until:
+            try:
+                self._client.blocking_key_value_get(f"{self._name}/{key}/all", _PATIENCE_MS)
+                return
+            except JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+            if why := self.failure():
+                raise Elsewhere(why)
+        raise TimeoutError(f"another process did not come within {timeout_ms / 1000:,.0f} s")
 
 
 def agree(config: Any) -> None:

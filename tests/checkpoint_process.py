@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jkd.checkpoint import Checkpoints
+from jkd.interrupts import Interrupts
 
 
 def say(*words: object) -> None:
@@ -83,12 +84,12 @@ def pair(directory: str, address: str, index: str) -> None:
     values = np.arange(1024, dtype=np.float32).reshape(16, 64)
     with Checkpoints(directory, keep=2, report=say) as checkpoints:
 
-        def save(step: int) -> None:
+        def save(step: int, **meta: object) -> None:
             tree = {
                 name: jax.make_array_from_callback((16, 64), place, lambda i: values[i] * step)
                 for name, place in places.items()
             }
-            checkpoints.save(step, tree, {"host": int(index)})
+            checkpoints.save(step, tree, {"host": int(index)} | meta)
             checkpoints.wait()
 
         for step in (1, 2, 3):
@@ -109,6 +110,24 @@ def pair(directory: str, address: str, index: str) -> None:
         say("restored", step, same, meta == {"host": int(index)})
         save(4)
         say("steps", checkpoints.steps())
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for step, room, length in ((5, 64, 0), (6, 50_000, 100_000)):  # the second's disk is full: for its arrays; for its meta
+            if index == "1":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, most[1]))
+            begun = time.monotonic()
+            save(step, long="x" * length)
+            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+            say("steps", checkpoints.steps(), time.monotonic() - begun < 30)
+        save(7)
+        say("steps", checkpoints.steps())
+    with Interrupts() as interrupts:
+        if index == "1":
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        answers: list[bool] = []
+        while len(answers) < 1000 and not all(answers[-3:] or [False]):
+            answers.append(interrupts.stop())
+            time.sleep(0.05)
+    say("told at", len(answers), "stays", answers[-4:])
 
 
 if __name__ == "__main__":

@@ -220,7 +220,10 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    """Each keeps a manifest of what it wrote; both choose the same checkpoint; one process reads what two wrote, and back."""
+    """Each keeps a manifest of what it wrote; both choose the same checkpoint; one process reads what two wrote.
+
+    A save that one of them cannot write is none, both say so at once, and the next one works. Ctrl-C in one stops both at one step.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -230,27 +233,33 @@ def test_two_processes(tmp_path):
         for index in range(2)
     ]
     try:
-        answers = [process.communicate(timeout=60) for process in pair]
+        answers = [process.communicate(timeout=240) for process in pair]
     finally:
         for process in pair:
             process.kill()
             process.communicate()
     assert [process.returncode for process in pair] == [0, 0], answers
     lines, others = ([line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in answers)
+    assert re.fullmatch(r"told at \d+ stays \[False, True, True, True\]", lines[-1])
+    failed = [(lines.pop(place), others.pop(place)) for place in (4, 5)]
+    for step, (first, second) in zip((5, 6), failed, strict=True):
+        why = re.fullmatch(rf"checkpoint {step} could not be written: (File too large.*); training goes on", second)[1]
+        assert first == f"checkpoint {step} could not be written: process 1: {why}; training goes on"
     assert lines == others
     assert lines[0] == "steps [2, 3]"
     assert re.fullmatch(r"checkpoint 3: arrays/ocdbt\.process_1/.* does not match its checksum; using checkpoint 2", lines[1])
-    assert lines[2:] == ["restored 2 True True", "steps [2, 4]"]
+    assert lines[2:4] == ["restored 2 True True", "steps [2, 4]"]
+    assert lines[4:-1] == ["steps [2, 4] True", "steps [2, 4] True", "steps [4, 7]"]
     with Kept(tmp_path) as checkpoints:
         place = NamedSharding(devices(8), P("x"))
         like = {"rows": jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=place)}
         like["same"] = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(devices(8), P()))
         found, meta, step = checkpoints.restore(like)
-        assert (step, meta) == (4, {"host": 0})
-        np.testing.assert_array_equal(found["rows"], np.arange(1024, dtype=np.float32).reshape(16, 64) * 4)
+        assert (step, meta) == (7, {"host": 0})
+        np.testing.assert_array_equal(found["rows"], np.arange(1024, dtype=np.float32).reshape(16, 64) * 7)
         np.testing.assert_array_equal(found["same"], found["rows"])
-        Path(tmp_path, "4", "manifest-1-of-2.json").unlink()
-        assert checkpoints.steps() == [2]
+        Path(tmp_path, "7", "manifest-1-of-2.json").unlink()
+        assert checkpoints.steps() == [4]
 
 
 def test_nothing_is_printed(tmp_path, capfd):
