@@ -35,13 +35,22 @@ def environment(*, devices: int = 1, pause: float = 0.0, package: Path = HERE.pa
     return os.environ | fixed | more
 
 
+def programs(folder: Path) -> dict[str, str]:
+    """Where processes that are started one after the other keep what they compile."""
+    return {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 def start(workdir: Path, *arguments: str, **options) -> subprocess.Popen:
-    """One process; its output goes to a file, which a kill leaves whole."""
+    """One process; its output goes to a file, which a kill leaves whole. What one compiles the next finds, as users' commands do."""
     command = [sys.executable, "-m", "jkd", "train", str(CONFIG), "--workdir", str(workdir), *arguments]
     log = Path(f"{workdir}-{time.monotonic_ns()}.log")
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, env=environment(**options), stdout=file, stderr=subprocess.STDOUT, cwd=workdir.parent
+            command, env=environment(**programs(workdir.parent), **options), stdout=file, stderr=subprocess.STDOUT, cwd=workdir.parent
         )
     process.log = log
     return process

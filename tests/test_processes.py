@@ -23,7 +23,7 @@ def launch(count: int, out: Path, *cases: str) -> dict[str, np.ndarray]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={DEVICES // count}")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     command = [sys.executable, str(HERE / "several_processes.py")]
     processes = [
