@@ -55,8 +55,8 @@ examples:
   jkd cache digits_cached --set seed=3
 
 Fills the caches that the config's runs read (Run.teacher = cache.Cache(…)) with their teachers' answers to the runs' own data.
-Teachers that are runs of the config are trained first, in the workdir that jkd train would use. What is there is kept: after a
-kill, or when data was added, the same command adds what is missing.
+Teachers that are runs of the config are trained first, in the workdir that jkd train would use. What is there is kept: after
+Ctrl-C or SIGTERM (exit code 75), a kill, or when data was added, the same command adds what is missing.
 """
 _EVAL = """
 examples:
