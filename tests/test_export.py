@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,20 +30,21 @@ needs_programs = pytest.mark.skipif(
     importlib.util.find_spec("flatbuffers") is None,
     reason="jax.export writes programs with flatbuffers, which is not installed",
 )
-ELSEWHERE = """
-import json, sys
-import jax, numpy as np
-from jax import export
-from safetensors.numpy import load_file
+PAGE = (Path(__file__).parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
+(LOAD,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+ELSEWHERE = (
+    LOAD
+    + """
+import sys
 
-folder = sys.argv[1]
-card = json.load(open(folder + "/card.json"))
-program = export.deserialize(bytearray(open(folder + "/" + card["program"]["file"], "rb").read()))
-inputs = dict(np.load(sys.argv[2]))
-assert sorted(inputs) == sorted(card["program"]["inputs"])
-np.savez(sys.argv[3], **jax.jit(program.call)(load_file(folder + "/model.safetensors"), inputs))
+import numpy as np
+
+folder, inputs = Path(sys.argv[1]), dict(np.load(sys.argv[2]))
+assert sorted(inputs) == sorted(json.loads((folder / "card.json").read_text())["program"]["inputs"])
+np.savez(sys.argv[3], **load(folder)(**inputs))
 assert not [name for name in sys.modules if name.partition(".")[0] in ("jkd", "flax")]
 """
+)
 
 
 def standing(student, examples, **fields):
@@ -58,7 +60,7 @@ def standing(student, examples, **fields):
 
 
 def elsewhere(folder, inputs, tmp_path):
-    """What a process that has never heard of jkd makes of the directory."""
+    """What a process that has never heard of jkd makes of the directory, as docs/export.md says it."""
     np.savez(tmp_path / "inputs.npz", **inputs)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-c", ELSEWHERE, str(folder), str(tmp_path / "inputs.npz"), str(tmp_path / "answers.npz")]
@@ -91,12 +93,21 @@ def test_any_network_by_path_and_as_a_program_for_batches_of_any_size(tmp_path, 
 
     with pytest.raises(InputError, match="is there and not empty; give another directory"):
         export(here, tmp_path / "out")
-    # the average, in half the bytes
-    export(here, tmp_path / "half", ema=True, dtype="bfloat16", said=said.append)
-    half = load_file(tmp_path / "half" / "model.safetensors")["params/head/kernel"]
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(half, (params["head"]["kernel"] + 0.5).astype(jnp.bfloat16))
+    # the average, in half the bytes, in several files
+    with monkeypatch.context() as small:
+        small.setattr(jkd.export, "_LARGEST", 100)
+        export(here, tmp_path / "half", ema=True, dtype="bfloat16", said=said.append)
     assert "bfloat16 changes the answers by" in said[-1]
+    index = json.loads((tmp_path / "half" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 1
+    half = load_file(tmp_path / "half" / index["params/head/kernel"])["params/head/kernel"]
+    assert half.dtype == jnp.bfloat16
+    average = jax.tree.map(lambda leaf: (leaf + 0.5).astype(jnp.bfloat16), params)
+    np.testing.assert_array_equal(half, average["head"]["kernel"])
+    exec(LOAD, names := {})
+    wanted = here.product().apply(average, {}, {"image": image})[0].logits
+    found = names["load"](tmp_path / "half")(image=image)["logits"]
+    np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2 * np.abs(wanted).max())
     # a file that is not what was written is found out
     honest = jkd.export._tensors
     monkeypatch.setattr(jkd.export, "_tensors", lambda folder: {k: v + 1 for k, v in honest(folder).items()})
