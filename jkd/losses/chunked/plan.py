@@ -51,7 +51,7 @@ class Machine:
     tile: int | None
 
 
-MACHINES = {"cpu": Machine(16.0, 64, 256, 1 << 18)}
+MACHINES = {"cpu": Machine(16.0, 64, 256, 1 << 19)}
 """By platform."""
 ACCELERATOR = Machine(64.0, 128, 1024, None)
 
