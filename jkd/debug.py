@@ -30,8 +30,8 @@ RECORD, ROWS = "nonfinite.json", "nonfinite-{}.npz"
 Stats = dict[str, Array]
 
 
-def keep(folder: epath.Path, ctx: Context, step: int, cause: str, weights: np.ndarray | None, process: tuple[int, int]) -> None:
-    """Writes the batch and the key of a step that is not finite into a run's folder, for `find`.
+def keep(folder: epath.Path, ctx: Context, step: int, cause: str, weights: np.ndarray | None, process: tuple[int, int]) -> str:
+    """Writes the batch and the key of a step that is not finite into a run's folder, for `find`, and says what came of it.
 
     Args:
         folder: of the run.
@@ -41,6 +41,16 @@ def keep(folder: epath.Path, ctx: Context, step: int, cause: str, weights: np.nd
         weights: sampling weights in force, or None.
         process: (index, count) of this host.
     """
+    try:
+        _write(folder, ctx, step, cause, weights, process)
+    except Exception as error:  # a full disk, say: what was not finite is still to be told
+        return f"its batch could not be kept: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return f"jkd debug {folder.parent} says where it begins"
+
+
+def _write(
+    folder: epath.Path, ctx: Context, step: int, cause: str, weights: np.ndarray | None, process: tuple[int, int]
+) -> None:
     run = ctx.run
     assert run.data is not None
     # the data are a function of the position, so that nothing need be held while it is well

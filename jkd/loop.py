@@ -232,13 +232,15 @@ class _Training:
             frozen, weights = freeze(ctx), meta.get("sampling_weights")
         self.call, self.term_gradients = calls.make_call(ctx), make_term_gradients(ctx)
         self.evaluation = make_evaluate(ctx)
-        writer = metrics.writers(self.folder if self.process[0] == 0 else None, start, self.config)
         self.listener.run_started(self.name, ctx, start)
         if start == 0:
             self._check_teacher(state, frozen)
         feed = self.feed = Feed(ctx, self.process, start, weights)
         if feed.resamples(start):
             feed.resample(state, start)  # a checkpoint is written before the reading that its step is due
+        folder = self.folder if self.process[0] == 0 else None
+        writer = metrics.writers(folder, start, self.config, self.listener.message)
+        ended: metrics.Ended = "failed"
         clock = metrics.Stopwatch(run.batch_size)
         evaluations = every(run.evaluate_every, steps)
         saves = every(run.checkpoint_every, steps) if self.checkpoints is not None else 0
@@ -275,14 +277,16 @@ class _Training:
                 if stopping and done < steps:
                     if self.checkpoints is not None:
                         self.checkpoints.wait()
+                    ended = "stopped"
                     raise Stopped(self.name, done, self.folder)
                 if done < steps and feed.resamples(done):
                     feed.resample(state, done)
+            ended = "finished"
         finally:
-            feed.close()
-            writer.close()
             if self.checkpoints is not None:
                 self.checkpoints.close()
+            writer.close(ended)
+            feed.close()
         if start == steps and self.evaluation is not None:  # killed between its last checkpoint and its result
             evaluation = self.evaluation(state, frozen)
         return self._finish(state, frozen, evaluation, clock)
@@ -336,8 +340,7 @@ class _Training:
             last = f"the last good checkpoint is step {kept[-1]}" if kept else "there is no checkpoint yet"
             look = ""
             if self.folder is not None:
-                debug.keep(self.folder, self.ctx, step, cause, self.feed.weights, self.process)
-                look = f"; jkd debug {self.folder.parent} says where it begins"
+                look = "; " + debug.keep(self.folder, self.ctx, step, cause, self.feed.weights, self.process)
             raise Failed(f"{self.name}: step {step + 1} is not finite: {cause}; {last}{look}")
         found = self.periodic.fill(found)
         if (step + 1) % self.run.log_every == 0 or step == 0:

@@ -9,20 +9,23 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Protocol
 
 from etils import epath
 
+Ended = Literal["finished", "stopped", "failed"]
+"""How a run came to its end; one that was stopped will go on."""
+
 
 class Writer(Protocol):
-    """Takes scalars by name. ``write`` must not block on a network; ``flush`` may."""
+    """Takes scalars by name. What it cannot write it keeps and tries again: nothing that it does may end a training."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def flush(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, ended: Ended = "finished") -> None: ...
 
 
 class JsonLines:
@@ -56,7 +59,7 @@ class JsonLines:
                 self._lines += self._new
             self._new = []
 
-    def close(self) -> None:
+    def close(self, ended: Ended = "finished") -> None:
         self.flush()
 
 
@@ -117,7 +120,7 @@ class TensorBoard:
             _append(self._path, self._new)
             self._new = b""
 
-    def close(self) -> None:
+    def close(self, ended: Ended = "finished") -> None:
         self.flush()
 
 
@@ -135,14 +138,16 @@ class Several:
         for writer in self._writers:
             writer.flush()
 
-    def close(self) -> None:
+    def close(self, ended: Ended = "finished") -> None:
         for writer in self._writers:
-            writer.close()
+            writer.close(ended)
 
 
-def writers(folder: epath.Path | None, start: int, config: Any = None) -> Several:
+def writers(
+    folder: epath.Path | None, start: int, config: Any = None, tell: Callable[[str], None] = lambda line: None
+) -> Several:
     """The writers of a run: JSON lines anywhere, TensorBoard where the folder is local, the trackers that ``JKD_TRACK`` names
-    (`jkd.tracking`); none without a folder.
+    (`jkd.tracking`, which says what the arguments are); none without a folder.
     """
     if folder is None:
         return Several()
@@ -151,7 +156,7 @@ def writers(folder: epath.Path | None, start: int, config: Any = None) -> Severa
     found: list[Writer] = [JsonLines(folder / "metrics.jsonl", start)]
     if "://" not in str(folder):
         found.append(TensorBoard(folder, start))
-    return Several(*found, *tracking.writers(folder, start, config))
+    return Several(*found, *tracking.writers(folder, start, config, tell))
 
 
 class Periodic:

@@ -1,38 +1,64 @@
-"""Writers to experiment trackers, behind `jkd.metrics.Writer`: Weights & Biases and MLflow.
+"""Experiment trackers behind one `jkd.metrics.Writer`: Weights & Biases and MLflow.
 
 They are asked for by the environment, as these tools are everywhere, so that a config and its folder stay the same: ``JKD_TRACK``
 names them (``wandb``, ``mlflow``, or both with a comma), and their own variables say where to (``WANDB_PROJECT``, ``WANDB_MODE``,
 ``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``). A run that is resumed goes on in the same tracked run, whose id lies in its
-folder.
+folder. A tracker that cannot be reached costs no training: see `Outbox`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import re
 import time
 import uuid
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from etils import epath
 
-from jkd.errors import InputError, MissingExtra, nearest
+from jkd.errors import FAILED, FINISHED, STOPPED, InputError, MissingExtra, nearest
 
 if TYPE_CHECKING:
-    from jkd.metrics import Writer  # which opens these
+    from jkd.metrics import Ended  # which opens these
 
 VARIABLE, RECORD = "JKD_TRACK", "tracking.json"
+OFTEN, PATIENCE, TIMES = 30.0, 60.0, 20
+"""Seconds between two sendings; the least after one that failed, and how many times as long as that took."""
+AT_ONCE, MOST = 100, 20_000
+"""Rows that a call sends, and most that are held."""
 
 
-def writers(folder: epath.Path, start: int, config: Any) -> list[Writer]:
+class Row(NamedTuple):
+    """What is known of a step, and when that was (milliseconds since 1970)."""
+
+    step: int
+    time: int
+    values: Mapping[str, float]
+
+
+class Tracker(Protocol):
+    """A tracked run. Its class opens it: ``(identity, name, start, config)``."""
+
+    def send(self, rows: Sequence[Row]) -> None:
+        """Rows may come twice, where it was not known whether they had arrived."""
+        ...
+
+    def end(self, ended: Ended) -> None: ...
+
+
+def writers(folder: epath.Path, start: int, config: Any, tell: Callable[[str], None] = lambda line: None) -> list[Outbox]:
     """The trackers that the environment asks for; none where it asks for none.
 
     Args:
         folder: of the run (``workdir/run``): names it, and keeps the ids of its tracked runs.
         start: the step that the run starts from.
         config: the run's config as JSON.
+        tell: takes a line where a tracker cannot be reached.
 
     Raises:
         InputError: ``JKD_TRACK`` names no tracker.
@@ -40,12 +66,19 @@ def writers(folder: epath.Path, start: int, config: Any) -> list[Writer]:
     """
     wanted = [name for name in os.environ.get(VARIABLE, "").replace(" ", "").split(",") if name]
     for name in wanted:
-        if name not in _WRITERS:
-            raise InputError(f"{VARIABLE}={os.environ[VARIABLE]}: no tracker {name!r}{nearest(name, _WRITERS)}")
+        if name not in TRACKERS:
+            raise InputError(f"{VARIABLE}={os.environ[VARIABLE]}: no tracker {name!r}{nearest(name, TRACKERS)}")
     if not wanted:
         return []
     ids = _ids(folder, wanted)
-    return [_WRITERS[name](ids[name], f"{folder.parent.name}/{folder.name}", start, config) for name in wanted]
+    title = _title(folder)
+    return [Outbox(name, functools.partial(TRACKERS[name], ids[name], title, start, config), tell) for name in wanted]
+
+
+def _title(folder: epath.Path) -> str:
+    """``digits/student``, and of one of several seeds ``digits/seed0/student``."""
+    above = folder.parent
+    return "/".join([above.parent.name] * bool(re.fullmatch(r"seed\d+", above.name)) + [above.name, folder.name])
 
 
 def _ids(folder: epath.Path, wanted: list[str]) -> dict[str, str]:
@@ -57,6 +90,69 @@ def _ids(folder: epath.Path, wanted: list[str]) -> dict[str, str]:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(known | new, indent=1) + "\n")
     return known | new
+
+
+class Outbox:
+    """A `jkd.metrics.Writer` that holds what a tracker has not taken yet.
+
+    It is sent every `OFTEN` seconds and with each checkpoint. Where that fails, one line says so, training goes on, and it is tried
+    again with what came since, after a minute or twenty times as long as the failure took: an outage costs a twentieth of the time
+    at most. Of the oldest rows beyond `MOST` the tracker learns nothing; ``metrics.jsonl`` has them all.
+
+    Args:
+        name: the tracker's.
+        open: opens the tracked run.
+        tell: takes the line.
+
+    Raises:
+        InputError: opening it does (a package is missing, say).
+    """
+
+    def __init__(self, name: str, open: Callable[[], Tracker], tell: Callable[[str], None]):
+        self._name, self._open, self._tell = name, open, tell
+        self._rows: deque[Row] = deque(maxlen=MOST)
+        self._tracker: Tracker | None = None
+        self._down = self._told = False
+        self._next = 0.0
+        self.flush()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._rows.append(Row(step, int(time.time() * 1000), dict(values)))
+        if len(self._rows) >= AT_ONCE or time.monotonic() >= self._next:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._down or time.monotonic() >= self._next:
+            self._try(self._send)
+
+    def close(self, ended: Ended = "finished") -> None:
+        if self._down and ended == "stopped":
+            return  # who was told to stop has no time to wait for it
+        self._try(self._send)
+        self._try(lambda: None if self._tracker is None else self._tracker.end(ended))
+
+    def _send(self) -> None:
+        self._tracker = self._tracker or self._open()
+        while self._rows:
+            some = list(self._rows)[:AT_ONCE]
+            self._tracker.send(some)
+            for _ in some:
+                self._rows.popleft()
+
+    def _try(self, action: Callable[[], None]) -> None:
+        start = time.monotonic()
+        try:
+            action()
+            self._down, self._next = False, time.monotonic() + OFTEN
+        except InputError:
+            raise
+        except Exception as error:  # each tracker has kinds of its own
+            took = time.monotonic() - start
+            self._down, self._next = True, time.monotonic() + max(PATIENCE, TIMES * took)
+            if not self._told:
+                self._told = True
+                line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                self._tell(f"{self._name} cannot be reached ({line}); training goes on, and metrics.jsonl has what it misses")
 
 
 class WandB:
@@ -72,20 +168,18 @@ class WandB:
         self._run.define_metric("jkd_step")
         self._run.define_metric("*", step_metric="jkd_step")
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"jkd_step": step, **values})
+    def send(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._run.log({"jkd_step": row.step, **row.values})
 
-    def flush(self) -> None:
-        """Its own process sends what is written."""
-
-    def close(self) -> None:
-        self._run.finish()
+    def end(self, ended: Ended) -> None:
+        if ended == "stopped":
+            self._run.mark_preempting()  # it will go on
+        self._run.finish(exit_code={"finished": FINISHED, "stopped": STOPPED, "failed": FAILED}[ended])
 
 
 class MLflow:
-    """MLflow. Values are held until the next flush, which sends them in one call."""
-
-    _AT_ONCE = 1000  # what a call may hold
+    """MLflow. What it has been told already it knows by name, step, time and value."""
 
     def __init__(self, identity: str, name: str, start: int, config: Any):
         try:
@@ -107,25 +201,23 @@ class MLflow:
             params = [entities.Param(key, value) for key, value in _flat(config).items()]
             for first in range(0, len(params), 100):  # what a call may hold
                 self._client.log_batch(self._run, params=params[first : first + 100])
-        self._held: list[Any] = []
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        now = int(time.time() * 1000)
-        self._held += [self._metric(key, value, now, step) for key, value in values.items() if math.isfinite(value)]
-        if len(self._held) >= self._AT_ONCE:
-            self.flush()
+    def send(self, rows: Sequence[Row]) -> None:
+        told = [
+            self._metric(name, value, row.time, row.step)
+            for row in rows
+            for name, value in row.values.items()
+            if math.isfinite(value)
+        ]
+        for first in range(0, len(told), 1000):  # what a call may hold
+            self._client.log_batch(self._run, metrics=told[first : first + 1000])
 
-    def flush(self) -> None:
-        while self._held:
-            some, self._held = self._held[: self._AT_ONCE], self._held[self._AT_ONCE :]
-            self._client.log_batch(self._run, metrics=some)
-
-    def close(self) -> None:
-        self.flush()
-        self._client.set_terminated(self._run)
+    def end(self, ended: Ended) -> None:
+        status = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[ended]
+        self._client.set_terminated(self._run, status=status)
 
 
-_WRITERS: dict[str, Any] = {"wandb": WandB, "mlflow": MLflow}
+TRACKERS: dict[str, Callable[[str, str, int, Any], Tracker]] = {"wandb": WandB, "mlflow": MLflow}
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, str]:
