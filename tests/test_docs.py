@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import tomllib
@@ -174,3 +175,10 @@ def test_the_commands_of_the_quickstart_one_after_the_other(tmp_path, monkeypatc
     assert "<svg" in (folders[0] / "report.html").read_text(encoding="utf-8")
     assert {path.name for path in Path("out").iterdir()} == {"card.json", "model.safetensors", "model.stablehlo"}
     assert list(configfile.resolve(configfile.load("mine.py")).nodes) == ["teacher", "control", "student"]
+    # the keys of metrics that the page of symptoms names
+    lines = (folders[0] / "student" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    keys = {key for line in lines for key in json.loads(line)}
+    named = re.findall(r"`(\w+/[\w/]+|\w+/[\w/]*…)`", page("troubleshooting"))
+    assert len(named) >= 6
+    for name in named:
+        assert any(key == name or (name.endswith("…") and key.startswith(name[:-1])) for key in keys), name
