@@ -37,7 +37,8 @@ def make_context(
         InputError: a tap that does not exist, shapes that do not fit, another number of classes, a batch that does not divide
             by mesh and microbatches, microbatches of what couples examples.
     """
-    if isinstance(run.teacher, Cache):
+    cache = run.teacher if isinstance(run.teacher, Cache) else None
+    if cache is not None:
         from jkd.cache.training import attached
 
         run, batch = attached(run, batch)
@@ -60,7 +61,11 @@ def make_context(
                 f"Run.steps_per_call = {run.steps_per_call}: {type(run.recipe).__name__} prepares every batch in a program of its own; "
                 "use 1"
             )
-    _check_groups(ctx)
+    _check_groups(ctx, filled=cache is not None)
+    if cache is not None:
+        from jkd.cache.training import check_classes
+
+        check_classes(cache, ctx)
     return ctx
 
 
@@ -184,8 +189,12 @@ def _check_recipe(recipe: Recipe) -> None:
             raise InputError(f"{where} = {value}: a temperature must be above 0")
 
 
-def _check_groups(ctx: Context) -> None:
-    """Every group has an optimizer, and every name and pattern in the run is one of a group or parameter that exists."""
+def _check_groups(ctx: Context, *, filled: bool) -> None:
+    """Every group has an optimizer, and every name and pattern in the run is one of a group or parameter that exists.
+
+    Args:
+        filled: whether the teacher is one that fills a cache: its rules are of parameters that are not here.
+    """
     run, groups = ctx.run, ctx.groups
     for name, tree in {**ctx.params, **ctx.vars.params}.items():
         odd = [leaf for leaf in trees.flatten(tree).values() if not isinstance(leaf, jax.ShapeDtypeStruct)]
@@ -207,7 +216,7 @@ def _check_groups(ctx: Context) -> None:
     stored = {
         "trainable": (run.trainable, sides["student"]),
         "rules": ([pattern for pattern, _ in run.rules], sides["student"] + own),
-        "teacher_rules": ([pattern for pattern, _ in run.teacher_rules], sides.get("teacher", [])),
+        "teacher_rules": ([pattern for pattern, _ in run.teacher_rules if not filled], sides.get("teacher", [])),
     }
     for field, (patterns, paths) in stored.items():
         for pattern in patterns:

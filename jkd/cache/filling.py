@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from jkd.cache.writer import Writer
 from jkd.config import Ensemble, Run
 from jkd.context import Context
 from jkd.errors import InputError
+from jkd.fingerprint import to_json
 from jkd.resolve import build
 from jkd.types import Array, Batch, Model, Outputs
 
@@ -93,8 +95,16 @@ def ready(
 
 
 def fingerprint(model: Model) -> str:
-    """A network by its name and a checksum of its weights; leaf after leaf, so that sharded ones are never whole in one place."""
+    """A network by its name and a checksum of its weights, of what it does to its inputs, and of what it was built from: equal weights
+    under another position encoding or window give other answers. Rematerialisation does not count.
+
+    Leaf after leaf, so that sharded weights are never whole in one place.
+    """
     parts = [f"{path} {trees.sha256({'': sharding.whole(leaf)})}" for path, leaf in _leaves(model)]
+    built = model.config
+    if dataclasses.is_dataclass(built) and not isinstance(built, type) and hasattr(built, "remat"):
+        built = dataclasses.replace(built, remat=None)
+    parts.append(json.dumps(to_json([built, model.preprocess]), sort_keys=True))
     return f"{model.name} {manifest.digest(chr(10).join(parts))}"
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,6 +18,9 @@ from jkd.config import Run
 from jkd.data import Data
 from jkd.errors import InputError
 from jkd.types import Batch, Outputs
+
+if TYPE_CHECKING:
+    from jkd.context import Context
 
 _NO_INPUTS = ("index", "weight", "label", "labelled", "loss_mask", "bytes", "teacher")
 """What a teacher's answer does not depend on."""
@@ -41,6 +44,16 @@ def attached(run: Run, batch: Batch | None = None) -> tuple[Run, Batch | None]:
     if batch is not None and "teacher" not in batch:
         batch = {**batch, "teacher": answers.spec(batch)}
     return dataclasses.replace(run, data=dataclasses.replace(run.data, answers=answers)), batch
+
+
+def check_classes(cache: Cache, ctx: Context) -> None:
+    """Raises InputError: the answers are numbers of other classes than the student's, beyond which an id would be read as its last."""
+    vocab, kind = getattr(cache.codec, "vocab", None), type(cache.codec).__name__
+    if vocab is not None and ctx.classes is not None and vocab != ctx.classes and ctx.recipe.same_classes:
+        raise InputError(
+            f"Cache.codec: {kind}.vocab = {vocab}, but the student {ctx.student.name} tells {ctx.classes} classes apart; give "
+            f"{kind}(vocab={ctx.classes}), also where another program fills the cache: rows that only pad a head are no classes"
+        )
 
 
 def inputs_of(batch: Batch) -> tuple[str, ...]:
@@ -100,6 +113,12 @@ class Answers:
             if self._reader is None:
                 reader = Reader(self.cache.path)
                 dataclasses.replace(reader.facts, codec=self.cache.codec).check(reader.facts, reader.folder)
+                own = getattr(self._data.tokenizer, "fingerprint", None)
+                if None not in (own, reader.facts.tokenizer) and own != reader.facts.tokenizer:
+                    raise InputError(
+                        f"cache {self.cache.path} is of tokenizer {reader.facts.tokenizer}, the data of {own}: its answers are about "
+                        "other tokens; recipes for other vocabularies (ULD) need the teacher itself"
+                    )
                 known = self._data.spec(1)
                 if unknown := [name for name in reader.facts.inputs if name not in known]:
                     raise InputError(

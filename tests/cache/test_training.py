@@ -19,7 +19,8 @@ from jkd.cache import filling
 from jkd.cache.training import attached, keys_of
 from jkd.cli import main
 from jkd.errors import InputError
-from jkd.types import Model, Outputs
+from jkd.models.rope import Rope
+from jkd.types import Model, Outputs, Preprocess
 
 SIZE, VOCAB, TIME = 44, 11, 6
 WHOLE = cache.Dense(classes=tiny.CLASSES, taps={"body": (48,)}, dtype="float32")
@@ -275,12 +276,51 @@ def test_other_tokens_are_refused(tmp_path):
     run = reading(tmp_path, codec, recipe, student=chain(3, tokenizer="words"))
     with pytest.raises(InputError, match="is of tokenizer bytes, student chain of words"):
         filling.ready(run.teacher, jkd.make_context(run), {}, lambda line: None)
-    run = reading(tmp_path / "b", cache.TopK(k=3, vocab=12), recipe, teacher=chain())
+    bytes_ = dataclasses.replace(run.data, tokenizer=data.tokenizer.Bytes())
+    run = dataclasses.replace(reading(tmp_path, codec, recipe), data=bytes_)
+    with pytest.raises(InputError, match="is of tokenizer bytes, the data of "):
+        filling.ready(run.teacher, jkd.make_context(run), {}, lambda line: None)
+    run = reading(tmp_path / "b", cache.TopK(k=3, vocab=12), recipe, student=chain(vocab=12), teacher=chain())
     with pytest.raises(InputError, match="vocab = 12, but the teacher tells 11 classes apart"):
         filling.ready(run.teacher, jkd.make_context(run), {}, lambda line: None)
     run = reading(tmp_path / "c", cache.TopK(k=3, vocab=11), recipes.TopKKD(k=4), teacher=chain())
     with pytest.raises(InputError, match="the 4 likeliest classes of an answer that holds 3"):
         sparse.fewer(attached(run)[0].data.spec(8)["teacher"].heads["topk"], 4)
+
+
+@pytest.mark.parametrize("vocab", [10, 12])
+def test_answers_about_other_classes_than_the_students_are_refused(tmp_path, vocab):
+    """An id beyond the student's would be read as its last class."""
+    for codec, recipe in (
+        (cache.TopK(k=3, vocab=vocab), recipes.TopKKD(k=3)),
+        (cache.Sampled(draws=3, vocab=vocab), recipes.RandomSamplingKD()),
+    ):
+        kind = type(codec).__name__
+        wrong = rf"{kind}.vocab = {vocab}, but the student chain tells 11 classes apart; give {kind}\(vocab=11\)"
+        with pytest.raises(InputError, match=wrong):
+            jkd.make_context(reading(tmp_path, codec, recipe))
+
+
+def test_what_a_network_is_built_from_is_part_of_its_fingerprint():
+    """Equal weights, and other answers; how it is rematerialised changes none."""
+    config = jkd.models.decoder.Config(vocab=16, dim=8, depth=1, heads=2, hidden=16)
+    weights = tiny.weights(config.build()).params
+
+    def said(**changes):
+        return filling.fingerprint(dataclasses.replace(config, **changes).build().with_weights(weights, {}))
+
+    others = [
+        dict(rope=Rope(theta=1e6)),
+        dict(window=4),
+        dict(attention_softcap=30.0),
+        dict(query_scale=0.1),
+        dict(tokens=15),
+    ]
+    prints = [said(), *(said(**changes) for changes in others)]
+    assert len(set(prints)) == len(prints)
+    assert said(remat=None) == said() == said(remat=jax.checkpoint_policies.everything_saveable)
+    image = dataclasses.replace(tiny.teacher(), preprocess=Preprocess(mean=(0.5,)))
+    assert filling.fingerprint(image) != filling.fingerprint(tiny.teacher())
 
 
 def test_a_tap_that_is_not_kept_is_told_before_anything_is_read(tmp_path):
