@@ -5,9 +5,9 @@
 For a TPU pod slice or a node of GPUs: parameters, optimizer and average are split over all devices (FSDP), `--set tensor=4` splits
 heads and vocabulary besides. `teacher` and `student` are directories as Hugging Face publishes them (config.json, safetensors,
 tokenizer.json). Without them the networks have the same shapes and no weights: enough for `jkd plan` and `jkd describe`, not to
-train. The text is C4's, prepared once (`tfds build c4/en --file_format=array_record`); its tokens are kept in `tokens`. Teacher and
-student walk 2,048 tokens of 151,936 classes in blocks; the teacher's weights are bfloat16, each layer keeps its input alone for the
-backward pass. Measured here: not yet.
+train. The text is C4's, prepared once (`tfds build c4/en --file_format=array_record`); the tokens of as much of it as the steps read
+once (`share`, in percent) are kept in `tokens`, by the first host that gets there. Teacher and student walk 2,048 tokens of 151,936
+classes in blocks; the teacher's weights are bfloat16, each layer keeps its input alone for the backward pass. Measured here: not yet.
 """
 
 from jkd import Experiment, MeshShape, Run, data, models, optim, recipes, schedules
@@ -24,10 +24,10 @@ SHAPES = {
 RULES = tuple(rule for rule in models.decoder.RULES if rule[0] != "head/kernel")
 
 
-def text(directory, length, data_dir, folder):
-    """C4 in whole rows, numbered by the student's tokenizer."""
+def text(directory, length, data_dir, folder, share):
+    """Part of C4 in whole rows, numbered by the student's tokenizer."""
     tokenizer = data.tokenizer.File(directory) if directory else None
-    places = dict(split="train", eval_split="validation", data_dir=data_dir, folder=folder)
+    places = dict(split=f"train[:{share}%]", eval_split="validation", data_dir=data_dir, folder=folder)
     return data.tfds_text("c4/en", **places, length=length, eval_rows=512, tokenizer=tokenizer)
 
 
@@ -49,6 +49,7 @@ def config(
     tensor=1,
     data_dir=None,
     folder="tokens",
+    share=8,  # 20,000 steps of 256 x 2,048 tokens are 10.5e9; the whole has more than 150e9
 ):
     mesh = MeshShape(data=1, fsdp=-1, tensor=tensor)
     return Experiment(
@@ -56,7 +57,7 @@ def config(
             student=network(student, "0.6B", mesh),
             teacher=network(teacher, "4B", mesh),
             recipe=recipes.TokenKD(weight=1 - task_weight, task_weight=task_weight),
-            data=text(student, length, data_dir, folder),
+            data=text(student, length, data_dir, folder, share),
             optimizer=optim.adamw(schedules.WarmupCosine(1e-4, warmup=0.02), weight_decay=0.1, clip=1.0),
             steps=steps,
             batch_size=batch_size,

@@ -31,11 +31,12 @@ def config(
     tensor=1,
     data_dir=None,
     folder="tokens",
+    share=8,
     answers="caches/qwen3-4b",
 ):
     networks = dict(teacher=teacher, student=student, tensor=tensor)
-    text = dict(length=length, data_dir=data_dir, folder=folder)
+    text = dict(length=length, data_dir=data_dir, folder=folder, share=share)
     run = online(**networks, **text, seed=seed, steps=steps, batch_size=batch_size, microbatches=microbatches).nodes["student"]
     kept = cache.Cache(path=answers, codec=cache.TopK(k=k, vocab=TOKENS, values="uint8"), teacher=run.teacher)
     recipe = recipes.TopKKD(k=k, weight=1 - task_weight, task_weight=task_weight)
-    return Experiment(student=dataclasses.replace(run, teacher=kept, teacher_rules=(), recipe=recipe))
+    return Experiment(student=dataclasses.replace(run, teacher=kept, recipe=recipe))

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,20 +61,17 @@ def read(documents: Documents, tokenizer: Tokenizer, folder: str | os.PathLike[s
     if folder is None:
         made = list(_encoded(documents, tokenizer, dtype))
         tokens, counted, lengths, sizes = (np.concatenate(parts) for parts in zip(*made, strict=True))
-        return _checked(tokens, counted, lengths, sizes)
-    said = hashlib.sha256(f"{documents!r} {tokenizer.fingerprint}".encode()).hexdigest()[:16]
-    place = Path(folder) / said
-    if not (place / "corpus.json").exists():
-        _write(place, documents, tokenizer, dtype)
-    found = [np.memmap(place / f"{name}.bin", kind, "r") for name, kind in _kinds(dtype)]
-    return _checked(*found)
-
-
-def _checked(tokens: np.ndarray, counted: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> Corpus:
+        everything = bool(counted.all())
+    else:
+        which = f"{documents!r} {getattr(documents, 'revision', '')} {tokenizer.fingerprint} {tokenizer.begin} {tokenizer.end}"
+        place = Path(folder) / hashlib.sha256(which.encode()).hexdigest()[:16]
+        _once(place, lambda alive: _write(place, documents, tokenizer, dtype, alive))
+        everything = json.loads((place / _LAST).read_text(encoding="utf-8"))["all_counted"]
+        tokens, counted, lengths, sizes = (np.memmap(place / f"{name}.bin", kind, "r") for name, kind in _kinds(dtype))
     if not sizes.any():
         raise InputError("the text is empty")
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-    return Corpus(tokens, None if counted.all() else counted, starts, np.asarray(sizes))
+    return Corpus(tokens, None if everything else counted, starts, np.asarray(sizes))
 
 
 def _kinds(dtype: Any) -> list[tuple[str, Any]]:
@@ -100,21 +98,64 @@ def _encoded(documents: Documents, tokenizer: Tokenizer, dtype: Any) -> Iterator
         yield np.concatenate(tokens), np.concatenate(counted), lengths, np.array(sizes, np.int64)
 
 
-def _write(place: Path, documents: Documents, tokenizer: Tokenizer, dtype: Any) -> None:
-    """Makes the folder whole or not at all; of several processes that make it the first wins."""
+_LAST = "corpus.json"
+"""Written last: a folder that has it is whole."""
+_LOOK_S, _STALE_S = 0.5, 60.0
+"""Seconds between two looks at what another process makes, and after which one that gave no sign of life is taken to be dead."""
+
+
+def _once(place: Path, make: Callable[[Callable[[], None]], None]) -> None:
+    """Has the folder made by one of the processes that see it; the others wait, and one takes over from a maker that died.
+
+    Args:
+        place: the folder.
+        make: makes it; it is given what to call now and then as a sign of life.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
+    lock = place.with_name(f".{place.name}.making")
+    seen, since = None, time.monotonic()
+    while not (place / _LAST).exists():
+        try:
+            lock.touch(exist_ok=False)
+        except FileExistsError:
+            sign = _written(lock)
+            if sign != seen:  # by our own clock: that of the disk may be another
+                seen, since = sign, time.monotonic()
+            elif time.monotonic() - since > _STALE_S:
+                lock.unlink(missing_ok=True)
+            time.sleep(_LOOK_S)
+            continue
+        try:
+            if not (place / _LAST).exists():
+                make(lock.touch)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _written(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _write(place: Path, documents: Documents, tokenizer: Tokenizer, dtype: Any, alive: Callable[[], None]) -> None:
+    """Makes the folder whole or not at all; of several processes that make it the first wins."""
     made = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    everything = True
     try:
         for arrays in _encoded(documents, tokenizer, dtype):
+            alive()
+            everything &= bool(arrays[1].all())
             for (name, _), array in zip(_kinds(dtype), arrays, strict=True):
                 with open(made / f"{name}.bin", "ab") as file:
                     array.tofile(file)
-        described = {"documents": repr(documents), "tokenizer": tokenizer.fingerprint}
-        (made / "corpus.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        described = {"documents": repr(documents), "tokenizer": tokenizer.fingerprint, "all_counted": everything}
+        (made / _LAST).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         try:
             made.rename(place)
         except OSError:
-            if not (place / "corpus.json").exists():
+            if not (place / _LAST).exists():
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)

@@ -194,6 +194,15 @@ def open_split(name: str, data_dir: str | None, split: str, image: str | None = 
         raise InputError(f"TFDS data set {name!r} has no split {split!r}{close}") from error
 
 
+def prepared_version(name: str, data_dir: str | None) -> str:
+    """Where a prepared set lies (its folder's name is its version), how large it is and when it was described."""
+    builder = _builder(name, data_dir)
+    folder = os.fspath(builder.data_dir)
+    described = os.path.join(folder, "dataset_info.json")
+    written = os.stat(described).st_mtime_ns if os.path.exists(described) else 0  # of a bucket there is no such time
+    return f"{folder} {builder.info.dataset_size} {written}"
+
+
 @functools.lru_cache(maxsize=4)
 def _load(source: Tfds) -> dict[str, np.ndarray]:
     size = len(source)

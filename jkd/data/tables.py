@@ -104,6 +104,10 @@ class Columns:
         return f"Columns({said(self._records)}, {', '.join(self._columns)}{template})"
 
     @property
+    def revision(self) -> str:
+        return getattr(self._records, "revision", "")
+
+    @property
     def _chats(self) -> bool:
         return len(self._columns) == 1 and self.conversational
 
@@ -145,6 +149,10 @@ class JsonLines:
             raise InputError(f"{path}, line {count}: a {type(record).__name__}, not an object with columns")
         return record
 
+    @property
+    def revision(self) -> str:
+        return self._files.revision
+
     def __repr__(self) -> str:
         return repr(self._files)
 
@@ -178,6 +186,10 @@ class Parquet:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return {name: column[index].as_py() for name, column in zip(self._table.column_names, self._table.columns, strict=True)}
+
+    @property
+    def revision(self) -> str:
+        return self._files.revision
 
     def __repr__(self) -> str:
         return repr(self._files)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from jkd.data.published import open_split
+from jkd.data.published import open_split, prepared_version
 from jkd.errors import InputError
 
 Document = str | tuple[str, ...]
@@ -24,7 +24,8 @@ class Written(tuple[str, ...]):
 
 @runtime_checkable
 class Documents(Protocol):
-    """Texts by number. Their ``repr`` says which they are, for a config's record."""
+    """Texts by number. Their ``repr`` says which they are, for a config's record. Where it leaves room for others of that name (files
+    that were written anew), ``revision``, a text, tells them apart: numbers that were kept on disk are of one revision."""
 
     def __len__(self) -> int: ...
 
@@ -103,6 +104,11 @@ class Files:
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start})") from error
 
+    @property
+    def revision(self) -> str:
+        """When each file was written."""
+        return hashlib.sha256(repr([path.stat().st_mtime_ns for path in self.paths]).encode()).hexdigest()[:16]
+
     def __repr__(self) -> str:
         root, files = self._files
         sizes = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in files]
@@ -177,8 +183,14 @@ class TfdsText:
         parts = tuple(_text(record[feature]) for feature in self._features)
         return parts[0] if len(parts) == 1 else parts
 
+    @property
+    def revision(self) -> str:
+        """Which version it is, and when it was prepared; the set must be there."""
+        return prepared_version(self._name, self._data_dir)
+
     def __repr__(self) -> str:
-        return f"TfdsText({self._name!r}, {self._split!r}, {', '.join(self._features)})"
+        where = "" if self._data_dir is None else f", data_dir={self._data_dir!r}"
+        return f"TfdsText({self._name!r}, {self._split!r}, {', '.join(self._features)}{where})"
 
 
 def _text(value: Any) -> str:

@@ -1,5 +1,11 @@
 """Rows of text hold every token once, know their documents, and are the same after any restart; layouts, prompts and mistakes."""
 
+import json
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from test_tokenizer import trained
@@ -8,7 +14,7 @@ from jkd import data
 from jkd import tokens as token
 from jkd.data import corpus
 from jkd.data.text import Text, View
-from jkd.data.texts import Listed, standard_library
+from jkd.data.texts import Listed, TfdsText, standard_library
 from jkd.data.tokenizer import Bytes
 from jkd.errors import InputError
 
@@ -116,6 +122,62 @@ def test_kept_on_disk_is_the_same(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_was_kept_of_another_text_is_not_read(tmp_path):
+    """Files of the same names and sizes, written anew; the same numbers between other tokens."""
+    said = tmp_path / "a.txt"
+    said.write_text("one", encoding="utf-8")
+
+    def first(tokenizer=None):
+        made = data.text_files(str(said), length=8, tokenizer=tokenizer, folder=tmp_path / "kept")
+        return rows(made)[0]["tokens"].tolist()
+
+    assert first()[:3] == list(b"one")
+    said.write_text("two", encoding="utf-8")
+    os.utime(said, ns=(1, 1))
+    assert first()[:3] == list(b"two")
+    lines = tmp_path / "a.jsonl"
+    for text in ("one", "two"):
+        lines.write_text(json.dumps({"text": text}), encoding="utf-8")
+        os.utime(lines, ns=(1, ord(text[0])))
+        made = data.jsonl(str(lines), length=8, folder=tmp_path / "kept")
+        assert rows(made)[0]["tokens"][:3].tolist() == list(text.encode())
+    plain, ended = (trained(tmp_path / name, config=config) for name, config in (("p", {}), ("e", {"eos_token": "</s>"})))
+    assert plain.fingerprint == ended.fingerprint
+    assert first(ended) != first(plain)
+
+
+def test_of_those_who_share_a_folder_one_reads_the_text(tmp_path, monkeypatch):
+    """Eight at once; then beside a maker that was killed, whose sign of life does not change."""
+    monkeypatch.setattr(corpus, "_LOOK_S", 0.01)
+    monkeypatch.setattr(corpus, "_STALE_S", 0.2)
+    asked = []
+
+    class Slow(Listed):
+        def __getitem__(self, index):
+            asked.append(index)
+            time.sleep(0.01)
+            return super().__getitem__(index)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: corpus.read(Slow(TEXTS), Bytes(), tmp_path), range(8)))
+    assert asked == list(range(len(TEXTS)))
+    assert {one.tokens.tobytes() for one in found} == {corpus.read(Listed(TEXTS), Bytes(), None).tokens.tobytes()}
+    assert all(one.counted is None for one in found)
+    talks = Slow([("2+2=", "4")])
+    (folder,) = tmp_path.iterdir()
+    (kept,) = {path.name for path in _made(tmp_path, talks)} - {folder.name}
+    shutil.rmtree(tmp_path / kept)
+    (tmp_path / f".{kept}.making").touch()
+    read = corpus.read(talks, Bytes(), tmp_path)
+    assert read.counted.tolist() == [False] * 4 + [True] * 2
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, kept}
+
+
+def _made(folder, texts):
+    corpus.read(texts, Bytes(), folder)
+    return folder.iterdir()
+
+
 def test_files_are_found_in_order_and_know_their_contents(tmp_path):
     for name in ("b.txt", "a/c.txt", "a/d.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -206,3 +268,6 @@ def test_a_tfds_text_set(tmp_path):
     assert made.tokenizer.decode(row["tokens"][row["loss_mask"] > 0]) == "6"
     with pytest.raises(InputError, match="no feature 'text'"):
         rows(data.tfds_text("sums", data_dir=tmp_path, length=24))
+    one, two = (TfdsText("sums", "train", str(place), ("answer",)) for place in (tmp_path, tmp_path / "other"))
+    assert repr(one) != repr(two)
+    assert "/sums/1.0.0 " in one.revision
