@@ -19,8 +19,9 @@ from jkd.types import Array, Batch
 class Rollout:
     """Responses said anew, in rows of the same shape.
 
-    A row's prompt is what stands before its first counted token (``loss_mask``), or its first ``prompt`` tokens where every token
-    counts; of a packed row the last document in there alone. The response follows it at once.
+    A row's prompt is what stands before its first counted token (``loss_mask``), of more than ``prompt`` tokens the last ones; or its
+    first ``prompt`` tokens where every token counts. Of a packed row it is the last document in there alone. The response follows it
+    at once.
 
     Args:
         prompt: most tokens of a prompt.
@@ -64,7 +65,7 @@ class Rollout:
             sampling=self.sampling,
             end=self.end,
         )
-        return _joined(batch, mask, count, jax.lax.stop_gradient(found))
+        return _joined(batch, prompts, mask, count, jax.lax.stop_gradient(found))
 
     def _prompts(self, batch: Batch) -> tuple[Array, Array, Array]:
         """Tokens and mask ``[rows, prompt]``, and how many columns of each row belong to the prompt."""
@@ -74,13 +75,18 @@ class Rollout:
         first = jnp.argmax(counted, axis=1)
         last = real.shape[1] - jnp.argmax(real[:, ::-1], axis=1)
         # a row that counts its very first token has no prompt of its own: it is text
-        count = jnp.minimum(jnp.where(counted.any(1) & (first > 0), first, last), width)
-        mask = real[:, :width] & (jnp.arange(width)[None] < count[:, None])
+        end = jnp.where(counted.any(1) & (first > 0), first, jnp.minimum(last, width))
+        start = jnp.maximum(end - width, 0)  # an answer is to the end of a question
+        places = start[:, None] + jnp.arange(width)[None]
+
+        def cut(array: Array) -> Array:
+            return jnp.take_along_axis(array, jnp.minimum(places, array.shape[1] - 1), axis=1)
+
+        mask = cut(real) & (places < end[:, None])
         if "segment" in batch:
-            segment = batch["segment"][:, :width]
-            own = jnp.take_along_axis(segment, jnp.maximum(count - 1, 0)[:, None], axis=1)
-            mask &= segment == own
-        return batch["tokens"][:, :width], mask, count
+            own = jnp.take_along_axis(batch["segment"], jnp.maximum(end - 1, 0)[:, None], axis=1)
+            mask &= cut(batch["segment"]) == own
+        return cut(batch["tokens"]), mask, end - start
 
 
 def with_masks(batch: Batch) -> Batch:
@@ -90,16 +96,17 @@ def with_masks(batch: Batch) -> Batch:
     return {**batch, **whole, "own": jnp.zeros(shape[0], jnp.float32)}
 
 
-def _joined(batch: Batch, mask: Array, count: Array, said: Generated) -> Batch:
+def _joined(batch: Batch, prompts: Array, mask: Array, count: Array, said: Generated) -> Batch:
     """Prompts with what was said right behind them."""
     time = batch["tokens"].shape[1]
     after = jnp.arange(time)[None] - count[:, None]
     place = jnp.clip(after, 0, said.tokens.shape[1] - 1)
     spoken = (after >= 0) & (after < said.tokens.shape[1]) & jnp.take_along_axis(said.mask, place, axis=1)
     response = jnp.where(spoken, jnp.take_along_axis(said.tokens, place, axis=1), 0)
-    real = jnp.where(after < 0, jnp.pad(mask, ((0, 0), (0, time - mask.shape[1]))), spoken)
+    prompts, mask = (jnp.pad(array, ((0, 0), (0, time - array.shape[1]))) for array in (prompts, mask))
+    real = jnp.where(after < 0, mask, spoken)
     made = {
-        "tokens": jnp.where(after < 0, batch["tokens"], response),
+        "tokens": jnp.where(after < 0, prompts, response),
         "mask": real,
         "loss_mask": spoken,
         "segment": real,

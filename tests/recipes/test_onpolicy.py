@@ -48,30 +48,44 @@ def counting() -> small.Model:
 def test_responses_stand_behind_their_prompts():
     recipe = SeqKD(rollout=Rollout(prompt=4, length=3, end=5))
     rows = {
-        "tokens": [[0, 1, 0, 0, 0, 0, 0, 0], [9, 1, 2, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0], [6, 6, 0, 1, 6, 6, 6, 6]],
-        "mask": [[1] * 8, [0] + [1] * 7, [1] * 5 + [0] * 3, [1] * 8],
-        "loss_mask": [[0, 0] + [1] * 6, [0, 0, 0] + [1] * 5, [0] * 5 + [1] * 3, [1] * 8],
-        "segment": [[3] * 8, [0] + [2] * 7, [1] * 5 + [0] * 3, [1, 1] + [2] * 6],
+        "tokens": [
+            [0, 1, 0, 0, 0, 0, 0, 0],
+            [9, 1, 2, 0, 0, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0, 0, 0],
+            [6, 6, 0, 1, 6, 6, 6, 6],
+            [5, 4, 0, 1, 2, 3, 0, 0],
+        ],
+        "mask": [[1] * 8, [0] + [1] * 7, [1] * 5 + [0] * 3, [1] * 8, [1] * 8],
+        "loss_mask": [[0, 0] + [1] * 6, [0, 0, 0] + [1] * 5, [0] * 5 + [1] * 3, [1] * 8, [0] * 6 + [1] * 2],
+        "segment": [[3] * 8, [0] + [2] * 7, [1] * 5 + [0] * 3, [1, 1] + [2] * 6, [1] * 8],
     }
     batch = {name: jnp.asarray(value, jnp.int32) for name, value in rows.items()}
-    batch |= {"tokens": batch["tokens"] % small.VOCAB, "weight": jnp.ones(4), "index": jnp.arange(4)}
+    batch |= {"tokens": batch["tokens"] % small.VOCAB, "weight": jnp.ones(5), "index": jnp.arange(5)}
     ctx = make_context(
-        tiny.run(recipe=recipe, student=counting(), teacher=counting(), batch_size=4), batch, devices=jax.devices()[:1]
+        tiny.run(recipe=recipe, student=counting(), teacher=counting(), batch_size=5), batch, devices=jax.devices()[:1]
     )
     prepare, ahead = make_prepare(ctx)
     assert ahead  # the teacher needs nothing of the student
     found = jax.device_get(prepare(*init_state(ctx, jax.random.key(0)), batch, 0))
-    # prompts of 2, of 2 behind padding, of 4 (the most, and nothing is counted before), of the last document among the first 4
+    # prompts of 2, of 2 behind padding, of 4 (the most, and nothing is counted before), of the last document among the first 4, and
+    # the end of a question of 6
     np.testing.assert_array_equal(
         found["tokens"],
-        [[0, 1, 2, 3, 4, 0, 0, 0], [2, 1, 2, 3, 4, 5, 0, 0], [0, 0, 1, 1, 2, 3, 4, 0], [6, 6, 0, 1, 2, 3, 4, 0]],
+        [
+            [0, 1, 2, 3, 4, 0, 0, 0],
+            [2, 1, 2, 3, 4, 5, 0, 0],
+            [0, 0, 1, 1, 2, 3, 4, 0],
+            [6, 6, 0, 1, 2, 3, 4, 0],
+            [0, 1, 2, 3, 4, 5, 0, 0],
+        ],
     )
-    said = np.array([[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1, 0]])
-    prompt = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]])
+    said = [[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0], *[[0, 0, 0, 0, 1, 1, 1, 0]] * 2, [0, 0, 0, 0, 1, 1, 0, 0]]
+    said = np.array(said)
+    prompt = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
     np.testing.assert_array_equal(found["loss_mask"], said)
     np.testing.assert_array_equal(found["mask"], said | np.pad(prompt, ((0, 0), (0, 4))))
     np.testing.assert_array_equal(found["segment"], found["mask"])
-    np.testing.assert_array_equal(found["own"], np.ones(4))
+    np.testing.assert_array_equal(found["own"], np.ones(5))
 
 
 def test_the_student_says_a_share_of_the_batches():
