@@ -277,6 +277,7 @@ class _Training:
                 if stopping and done < steps:
                     if self.checkpoints is not None:
                         self.checkpoints.wait()
+                        done = max(self.checkpoints.steps(), default=0)  # an earlier one where this could not be written
                     ended = "stopped"
                     raise Stopped(self.name, done, self.folder)
                 if done < steps and feed.resamples(done):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import jkd
-from jkd import configfile, data
+from jkd import configfile
 
 
 def config(**more) -> jkd.Experiment:
@@ -36,43 +36,63 @@ def visits(steps: int) -> np.ndarray:
     return drawn
 
 
-@pytest.mark.slow
-def test_a_pod_that_is_killed_told_to_stop_and_started_with_other_devices_loses_nothing(tmp_path):
-    workdir = tmp_path / "pod"
-    # two hosts of two devices; the second is killed
-    pair = launch.start_pair(workdir, devices=2, pause=0.003)
-    reached = launch.wait(lambda: launch.finished(workdir), *pair)[-1]
-    pair[1].kill()
-    pair[1].wait()
-    said = launch.end(pair[0], within=30)
+def kill(pair: list[subprocess.Popen], which: int) -> None:
+    """One of two processes dies; the other ends by itself, soon, with an error that says so."""
+    pair[which].kill()
+    pair[which].wait()
+    other = pair[1 - which]
+    said = launch.end(other, within=30)
     # at a collective it is told at once; at the barrier that ends a save jax itself ends the process, once it misses the other
-    assert pair[0].returncode in (1, -signal.SIGABRT), said
-    assert re.search(r"^jkd: failed: \S|another task died|[Tt]erminating process because", said, re.M), said
-    assert launch.finished(workdir)[-1] >= reached
+    assert other.returncode in (1, -signal.SIGABRT), said
+    assert re.search(r"^jkd(\[1\])?: failed: \S|another task died|[Tt]erminating process because", said, re.M), said
 
-    # started again; the second, not the first, is told to stop
+
+def stopped_at(said: str) -> int:
+    return int(re.search(r"^jkd: stopped student at step (\d+)", said, re.M)[1])
+
+
+@pytest.mark.slow
+def test_a_pod_that_is_killed_told_to_stop_and_started_with_other_hosts_and_devices_loses_nothing(tmp_path):
+    """Two hosts, one, two, two again, and this process: each goes on from what the one before it left."""
+    workdir = tmp_path / "pod"
+    pair = launch.start_pair(workdir, devices=2, pause=0.003)
+    launch.wait(lambda: launch.finished(workdir), *pair)
+    kill(pair, 1)
     newest = launch.finished(workdir)[-1]
+
+    # one host with four devices, and its parameters over two of them; it is told to stop
+    one = launch.start(workdir, "--set", "student.mesh.fsdp=2", devices=4, pause=0.003)
+    launch.wait(lambda: launch.finished(workdir)[-1] > newest, one)
+    one.send_signal(signal.SIGTERM)
+    said = launch.end(one)
+    assert one.returncode == 75, said
+    assert launch.went_on(said) == newest
+    stopped = stopped_at(said)
+    assert newest < stopped < 120
+    assert launch.finished(workdir)[-1] == stopped
+
+    # more hosts than wrote it; the first dies, which the others found each other through
+    pair = launch.start_pair(workdir, devices=2, pause=0.003)
+    launch.wait(lambda: launch.finished(workdir)[-1] > stopped, *pair)
+    kill(pair, 0)
+    assert launch.went_on(pair[0].log.read_text()) == stopped
+    newest = launch.finished(workdir)[-1]
+
+    # the first, not all, is told to stop (`test_checkpoint.py` tells the second)
     pair = launch.start_pair(workdir, devices=2, pause=0.003)
     launch.wait(lambda: launch.finished(workdir)[-1] > newest, *pair)
-    pair[1].send_signal(signal.SIGTERM)
+    pair[0].send_signal(signal.SIGTERM)
     said = [launch.end(process) for process in pair]
     assert [process.returncode for process in pair] == [75, 75], said
     assert launch.went_on(said[0]) == newest
-    stopped = int(re.search(r"^jkd: stopped student at step (\d+)", said[0], re.M)[1])
+    stopped = stopped_at(said[0])
     assert newest < stopped < 120
     assert launch.finished(workdir)[-1] == stopped  # one checkpoint, of both hosts
     assert len(list((workdir / "student" / "checkpoints" / str(stopped)).glob("manifest-*-of-2.json"))) == 2
 
-    # one host with four devices, and its parameters over two of them
-    one = launch.start(workdir, "--set", "student.mesh.fsdp=2", devices=4)
-    said = launch.end(one)
-    assert one.returncode == 0, said
-    assert launch.went_on(said) == stopped
-
-    # what it left, read by a process with eight devices: the same bits, and every example as often as it should
+    # this process, with eight devices, goes on to the end: every example as often as it should
     left = jkd.train(config(), workdir)
     assert jax.device_count() == 8
-    assert jkd.trees.sha256(jax.device_get(left.student.params)) == left.summary["student"]["params_sha256"]
     np.testing.assert_array_equal(left.state.memory.rows[: len(visits(1))], visits(120))
     untouched = jkd.train(config()).student.params
     for found, wanted in zip(jax.tree.leaves(left.student.params), jax.tree.leaves(untouched), strict=True):
@@ -107,7 +127,7 @@ if len(sys.argv) > 1:
     socket.gethostname = lambda: "elsewhere"
     os.getpid, _ = (lambda: 7), random.seed(5)
 import launch
-from jkd import configfile, data
+from jkd import configfile
 run = configfile.load(launch.CONFIG)().nodes["student"]
 rows = run.data.batches(run.batch_size, seed=run.seed, start=30)
 print(hashlib.sha256(b"".join(next(rows)["image"].tobytes() for _ in range(3))).hexdigest())
@@ -127,44 +147,72 @@ def test_the_order_of_the_data_knows_no_clock_no_host_and_no_process():
     assert done.stdout.split() == [wanted], done.stderr
 
 
-def test_a_data_worker_that_dies_is_told_and_nobody_waits_for_it():
-    source = data.source([{"image": np.zeros((4, 4, 1), np.uint8), "label": 1}] * 64, classes=5, workers=1)
-    rows = source.batches(8, seed=0)
-    next(rows)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
+def test_a_data_worker_that_dies_ends_the_run_and_the_same_call_goes_on(tmp_path):
+    """With an error, and nobody waits for it; what lay ready is trained on first. A notice to all processes is not for a worker."""
+    run = config(steps=60, every=5).nodes["student"]
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, train_maps=(), workers=1))
+    started = []
+
+    class Kill(jkd.Listener):
+        def run_started(self, name, ctx, start):
+            started.append(start)
+
+        def stepped(self, name, step, steps, values, examples_per_s):
+            if step in (7, 30) and len(started) == 1:
+                (worker,) = multiprocessing.active_children()
+                for number in (signal.SIGTERM, signal.SIGINT) if step == 7 else (signal.SIGKILL,):
+                    os.kill(worker.pid, number)
+
     with pytest.raises(RuntimeError, match="Worker process was terminated unexpectedly with exit code -9"):
-        list(itertools.islice(rows, 100))  # what lay ready comes first
+        jkd.train(run, tmp_path, listener=Kill())
+    found = jkd.train(run, tmp_path, listener=Kill())
+    assert started[0] == 0
+    assert 30 <= started[1] < 60
+    np.testing.assert_array_equal(found.state.memory.rows[: len(visits(1))], visits(60))
 
 
 # what the storage library still says to the event loop of a save that failed, is said to a closed one
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(tmp_path):
-    """A limit on the size of files stands for the full disk. Metrics that could not be written then are written later."""
-    workdir, limits, told = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE), []
+    """A limit on the size of files stands for the full disk. Metrics that could not be written then are written later.
+
+    It is full again when the run is told to stop: it says from where the next call goes on, and that one does.
+    """
+    workdir, limits, told, started = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE), [], []
 
     class Disk(jkd.Listener):
+        def run_started(self, name, ctx, start):
+            started.append(start)
+
         def stepped(self, name, step, steps, values, examples_per_s):
-            if step == 5:
-                launch.wait(lambda: launch.finished(workdir))
+            if step in (5, 10) and started == [0]:
+                launch.wait(lambda: launch.finished(workdir)[-1:] == [step // 3 * 3])
                 resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
-            elif step == 8:
+            if step == 8:
                 launch.wait(lambda: told)
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            if step == 10 and started == [0]:
+                os.kill(os.getpid(), signal.SIGTERM)
 
         def message(self, text):
             told.append(text)
 
     try:
-        found = jkd.train(config(steps=12, every=3), workdir, listener=Disk())
+        with pytest.raises(jkd.Stopped) as stopped:
+            jkd.train(config(steps=14, every=3), workdir, listener=Disk())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    (line,) = told
-    assert re.match(r"checkpoint 6 could not be written: File too large.*; training goes on$", line)
-    assert launch.finished(workdir) == [9, 12]
+    assert len(told) == 2
+    for step, line in zip((6, 11), told, strict=True):
+        assert re.match(rf"checkpoint {step} could not be written: File too large.*; training goes on$", line)
+    assert launch.finished(workdir) == [3, 9]
+    assert stopped.value.step == 9
+    found = jkd.train(config(steps=14, every=3), workdir, listener=Disk())
+    assert started == [0, 9]
+    assert launch.finished(workdir) == [12, 14]
     lines = [json.loads(line) for line in (workdir / "student" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 13))
-    np.testing.assert_array_equal(found.state.memory.rows[: len(visits(1))], visits(12))
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 15))
+    np.testing.assert_array_equal(found.state.memory.rows[: len(visits(1))], visits(14))
 
 
 @pytest.mark.slow

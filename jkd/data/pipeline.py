@@ -11,8 +11,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -323,13 +326,28 @@ def _iterate(batches: _Train | _Eval, data: Data) -> Iterator[Batch]:
 
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain hands absl's flags to its workers, and jkd's command line does not use absl
-        pipeline = pipeline.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
+        several = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2)
+        pipeline = pipeline.mp_prefetch(several, worker_init_fn=_worker)
     made = _closing(pipeline)
     _open.add(made)
     # Registered again each time, so that it comes before what multiprocessing does at exit: it would end the workers first.
     atexit.unregister(_close_all)
     atexit.register(_close_all)
     return made
+
+
+def _worker(index: int, count: int) -> None:
+    """In a worker: a notice to stop, which schedulers and terminals send to all processes, is for the training; it ends with that."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _closing(pipeline: Any) -> Generator[Batch]:

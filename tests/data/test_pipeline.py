@@ -39,6 +39,18 @@ class Rows:
         return {name: column[index] for name, column in self.columns.items()} | {"path": f"{index}.png"}
 
 
+class Read(Rows):
+    """Remembers which of its records were read."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.seen = []
+
+    def __getitem__(self, index):
+        self.seen.append(int(index))
+        return super().__getitem__(index)
+
+
 MAPS = (vision.random_crop(2), vision.flip())
 MADE = {
     "arrays": lambda **options: data.arrays(**columns(SIZE), eval=columns(EVAL_SIZE)),
@@ -77,6 +89,24 @@ def test_hosts_together_hold_the_global_batch(made):
         shards = [take(made().batches(8, seed=1, process=(host, hosts)), 12) for host in range(hosts)]
         for step in range(12):
             same(glue([shard[step] for shard in shards]), whole[step])
+
+
+def test_a_host_reads_the_records_of_its_own_rows_alone():
+    """Not only what comes out: what the source was asked for, a few records ahead of it included. Five batches of 8 from 400."""
+    read, read_eval = [], []
+    for host in range(2):
+        train, held_out = Read(400), Read(16)
+        made = data.source(train, eval=held_out, classes=5, threads=1)
+        asked = len(train.seen), len(held_out.seen)  # by then, for their shapes
+        index = np.concatenate([batch["index"] for batch in take(made.batches(8, seed=1, process=(host, 2)), 5)])
+        assert len(index) == 20
+        list(made.eval_batches(8, process=(host, 2)))
+        read.append(train.seen[asked[0] :])
+        read_eval.append(held_out.seen[asked[1] :])
+        assert set(index) <= set(read[host])
+        assert len(read[host]) <= 20 + 40
+    assert not set(read[0]) & set(read[1])
+    assert sorted(read_eval[0] + read_eval[1]) == list(range(16))
 
 
 def test_hosts_together_hold_the_weighted_batch(made):
