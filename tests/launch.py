@@ -24,7 +24,9 @@ def free_port() -> int:
 
 
 def environment(*, devices: int = 1, pause: float = 0.0, package: Path = HERE.parent, **more: str) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # from the tests' own, which compile quickly, where they are set
+    others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    flags = " ".join([*others, f"--xla_force_host_platform_device_count={devices}"])
     fixed = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
@@ -50,7 +52,11 @@ def start(workdir: Path, *arguments: str, **options) -> subprocess.Popen:
     log = Path(f"{workdir}-{time.monotonic_ns()}.log")
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, env=environment(**programs(workdir.parent), **options), stdout=file, stderr=subprocess.STDOUT, cwd=workdir.parent
+            command,
+            env=environment(**programs(workdir.parent), **options),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=workdir.parent,
         )
     process.log = log
     return process
