@@ -4,8 +4,8 @@
 
 Minutes on two CPU cores, with nothing to download. The table has bits per byte on files that no run has seen, and beside it each
 model goes on with the same piece of text. Control and student see the same text; the student asks its teacher about every next
-byte as well. Measured on a crowded CPU, one seed: the teacher comes to 2.28 bits per byte, at 0.2 processor seconds an update; the
-control stands at 3.01 halfway.
+byte as well. Measured on a CPU, one seed, 5 minutes of processor time: teacher 2.28 bits per byte (357,120 parameters), control 2.73,
+student 2.61 (67,872), which agrees with its teacher on 77 % of the bytes, the control on 71 %.
 """
 
 from jkd import Experiment, Run, data, models, optim, recipes, schedules
