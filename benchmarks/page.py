@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-RESULTS, CHUNKED, PAGE = (
+RESULTS, CHUNKED, STARTUP, PAGE = (
     HERE / "results" / "pairs.json",
     HERE / "results" / "chunked.jsonl",
+    HERE / "results" / "startup.json",
     HERE.parent / "docs" / "benchmarks.md",
 )
 
@@ -92,11 +93,21 @@ def heads(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def startup(found: dict[str, Any]) -> str:
+    """The table of first steps."""
+    rows = ["| config | from | cold, s | warm, s | warm / cold | measured |", "|---|---|---|---|---|---|"]
+    for config, one in found.items():
+        for what, since in (("to_first_step", "the command"), ("step", "the run's start")):
+            times, measured = one[what], f"{one['date']}, {one['device']}"
+            rows.append(f"| {config} | {since} | {times['cold']:.1f} | {times['warm']:.1f} | {times['ratio']} | {measured} |")
+    return "\n".join(rows)
+
+
 def written(page: str) -> str:
     """The page with what is measured between its markers."""
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found, starts = (json.loads(file.read_text()) if file.exists() else {} for file in (RESULTS, STARTUP))
     lines = [json.loads(line) for line in CHUNKED.read_text().splitlines()] if CHUNKED.exists() else []
-    for marker, table in (("pairs", pairs(found)), ("chunked", heads(lines))):
+    for marker, table in (("pairs", pairs(found)), ("chunked", heads(lines)), ("startup", startup(starts))):
         pattern = rf"(<!-- {marker}: .*? -->\n).*?(<!-- /{marker} -->)"
         page = re.sub(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", page, flags=re.S)
     return page

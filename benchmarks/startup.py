@@ -2,6 +2,7 @@
 
     python benchmarks/startup.py                     # jkd train digits, the teacher's first step; two minutes
     python benchmarks/startup.py lm_stdlib --rounds 3
+    python benchmarks/startup.py --write             # and the line into benchmarks/results/startup.json, for docs/benchmarks.md
 
 Cold and warm alternate, each in a process of its own; a cold one starts with an empty folder of compiled programs, which the warm one
 after it finds filled. ``to_first_step`` is what a user waits: imports, data, compilation, the step; ``step`` is of that the part from
@@ -11,6 +12,7 @@ the run's start (state and programs are made there). Prints one JSON line.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -19,8 +21,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from losses import device_name
+
+from jkd import provenance
 from jkd.bench.pairs import Ratio, Times
 
+RESULTS = Path(__file__).parent / "results" / "startup.json"
 ONCE = """
 import sys, time
 START = float(sys.argv[1])
@@ -53,17 +59,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="digits")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help=f"keep it in {RESULTS.name}")
     arguments = parser.parse_args()
     cold, warm = [], []
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:
             cold.append(first_step(arguments.config, Path(folder)))
             warm.append(first_step(arguments.config, Path(folder)))
-    found: dict[str, object] = {"config": arguments.config}
+    where = {"device": device_name(), "date": datetime.date.today().isoformat(), "revision": provenance.code_revision()}
+    found: dict[str, object] = {"config": arguments.config, **where}
     for place, name in enumerate(("to_first_step", "step")):
         pair = [[seconds[place] for seconds in times] for times in (warm, cold)]
         found[name] = {"warm": Times.of(pair[0]).median, "cold": Times.of(pair[1]).median, "ratio": str(Ratio.of(*pair))}
     print(json.dumps(found))
+    if arguments.write:
+        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(kept | {arguments.config: found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
