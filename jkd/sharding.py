@@ -188,6 +188,13 @@ def constrain_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda rows: jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, BATCH)), batch)
 
 
+def mesh_of(tree: Tree) -> Mesh | None:
+    """The mesh of a run that a tree's arrays lie on; None where they lie on none."""
+    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.axis_names == AXES), None)
+
+
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """This process's rows (NumPy) as one global array per name, split over ``data`` and ``fsdp``."""
     return jax.tree.map(

@@ -88,7 +88,8 @@ def make_eval_step(ctx: Context, measure: Callable[..., Tree], *, ema: bool = Fa
         models = models_of(ctx, state, frozen, ema=ema)
         product = deployed(ctx, dataclasses.replace(models, params=gathered(ctx, models.params)))
         batch = sharding.constrain_batch(batch, ctx.mesh)
-        student, _ = product.apply(to_compute(ctx.run, product.params), product.buffers, to_compute(ctx.run, batch))
+        with jax.sharding.use_abstract_mesh(ctx.mesh.abstract_mesh):
+            student, _ = product.apply(to_compute(ctx.run, product.params), product.buffers, to_compute(ctx.run, batch))
         # answers that come with the training batches are not there for other examples
         elsewhere = "teacher" in ctx.raw_batch and "teacher" not in batch
         teacher = None if elsewhere else models.teacher(batch, taps=())

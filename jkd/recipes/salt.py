@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkd import schedules, sparse, tokens
+from jkd import schedules, sharding, sparse, tokens
 from jkd.errors import InputError
 from jkd.losses.chunked.parts import CrossEntropy, Each
 from jkd.losses.divergences import soft_cross_entropy
@@ -113,8 +114,14 @@ def learnable(model: Model, data: Data, *, k: int = 10, batch_size: int = 32) ->
         float32 ``[train_size]``; 0 for a row without a counted token.
     """
 
-    def score(batch: Batch) -> Array:
-        outputs, _ = model.apply(model.params, model.buffers, batch)
+    mesh = sharding.mesh_of(model.params)
+    if mesh is not None:
+        batch_size = -(-batch_size // mesh.size) * mesh.size
+
+    def score(params: Any, buffers: Any, batch: Batch) -> Array:
+        batch = batch if mesh is None else sharding.constrain_batch(batch, mesh)
+        with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            outputs, _ = model.apply(params, buffers, batch)
         labels, weight = tokens.next_tokens(batch)
         found = sparse.by_position(lambda logits, label: _loss_if_learnable(logits, label, k), outputs, labels)
         counted = weight > 0
@@ -131,7 +138,7 @@ def learnable(model: Model, data: Data, *, k: int = 10, batch_size: int = 32) ->
         )  # the last batch repeats a row: one shape, one program
         records = data.train.records(chosen.tolist())
         batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
-        scores.append(np.asarray(run(batch), np.float32))
+        scores.append(np.asarray(run(model.params, model.buffers, batch), np.float32))
     return np.concatenate(scores)[:size]
 
 

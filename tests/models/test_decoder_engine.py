@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from quick import fill
 
-from jkd import Recipe, Run, Term, losses, optim, recipes, sharding, tokens, trees
+from jkd import Recipe, Run, Term, cache, losses, optim, recipes, sharding, tokens, trees
+from jkd.cache import filling
 from jkd.errors import InputError
 from jkd.models import decoder
 from jkd.resolve import make_context
 from jkd.state import init_state, step_shapes
-from jkd.step import make_step
+from jkd.step import make_eval_step, make_step
 
 LAYERS = 3
 CONFIG = decoder.Config(vocab=40, tokens=37, dim=32, depth=LAYERS, heads=4, kv_heads=2, hidden=64, window=5, query_norm=True)
@@ -69,12 +70,48 @@ def test_it_learns_as_on_one_device(trained):
         np.testing.assert_allclose(found, wanted, atol=1e-5 * scale, err_msg=path)
 
 
-def test_layers_are_gathered_one_at_a_time(trained):
-    gathered = [tuple(map(int, shape.split(","))) for shape in re.findall(r"= f32\[([\d,]+)\][^=]* all-gather\(", trained[2])]
-    own = {tuple(leaf.shape[1:]) for leaf in jax.tree.leaves(trained[0].params["layers"]) if leaf.size >= 1024}
-    layers = [tuple(size for size in shape if size > 1) for shape in gathered]
+def gathered(text):
+    return [tuple(map(int, shape.split(","))) for shape in re.findall(r"= f32\[([\d,]+)\][^=]* all-gather\(", text)]
+
+
+def layers_one_by_one(model, text):
+    own = {tuple(leaf.shape[1:]) for leaf in jax.tree.leaves(model.params["layers"]) if leaf.size >= 1024}
+    layers = [tuple(size for size in shape if size > 1) for shape in gathered(text)]
     assert own & set(layers) == own  # every split parameter of a layer is gathered …
-    assert not any(LAYERS in shape for shape in gathered)  # … and never the stack
+    assert not any(LAYERS in shape for shape in gathered(text))  # … and never the stack
+
+
+def test_layers_are_gathered_one_at_a_time(trained):
+    layers_one_by_one(trained[0], trained[2])
+
+
+def test_a_cache_is_filled_by_the_program_of_a_step(trained):
+    """Layers are gathered one at a time, and kernels that XLA cannot split know the mesh; evaluation tells them too."""
+    model, rows, *_ = trained
+    known = []
+
+    def apply(*args, **options):
+        known.append(dict(jax.sharding.get_abstract_mesh().shape))
+        return model.apply(*args, **options)
+
+    run = Run(
+        student=dataclasses.replace(model, apply=apply),
+        recipe=NextToken(),
+        optimizer=optim.sgd(1.0),
+        steps=1,
+        batch_size=8,
+        mesh=sharding.MeshShape(data=1, fsdp=8),
+    )
+    ctx = make_context(run, rows)
+    places = sharding.shardings(ctx.specs["student"], ctx.mesh)
+    params = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), model.params, places)
+    known.clear()
+    program = filling.program(cache.TopK(k=4, vocab=37), ctx.student, run, ctx.mesh)
+    compiled = program.lower(params, {}, rows, np.zeros(8, np.uint32)).compile()
+    layers_one_by_one(model, compiled.as_text())
+    state, frozen, batch = step_shapes(ctx)
+    make_eval_step(ctx, lambda student, teacher, batch: student.hidden).eval_shape(state, frozen, batch)
+    assert known == [{"data": 1, "fsdp": 8, "tensor": 1}] * 2
 
 
 def context(*, student, teacher, recipe):
