@@ -37,7 +37,8 @@ def by_position(function: Callable[..., Any], *args: Any, whole: int = 1 << 22) 
 
     def cut(array: Array) -> Array:
         rest = ((0, 0),) * (array.ndim - 2)
-        padded = jnp.pad(array, ((0, 0), (0, count * width - time), *rest))
+        # by what is there, for which the function is defined: nothing of it comes back
+        padded = jnp.pad(array, ((0, 0), (0, count * width - time), *rest), mode="edge")
         return jnp.moveaxis(padded.reshape(array.shape[0], count, width, *array.shape[2:]), 1, 0)
 
     def rows(arg: Outputs | Array) -> Array:

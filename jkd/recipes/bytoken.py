@@ -5,11 +5,14 @@ Models of texts answer with (hidden, head). Then no logits of the whole text are
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jkd import sparse
 from jkd.losses import chunked
@@ -42,12 +45,26 @@ def by_part(
         arrays = [array for side in sides for array in (side.hidden, _head(side))]
         return chunked.per_part(mix, *arrays, labels=labels, temperature=temperature, weights=weights)
 
-    def values(*args: Array) -> tuple[Array, ...]:
-        logits, rest = args[: len(sides)], args[len(sides) :]
-        both = logits[0], logits[1] if len(logits) > 1 else None
-        return tuple(part.full(*both, rest[0] if rest else None, temperature) for _, part in mix)
+    # what belongs to a token goes the way of its logits, which may be cut
+    each = [part.rows if isinstance(part, chunked.Each) else () for _, part in mix]
+    leaves, tree = jax.tree.flatten((labels, temperature, each))
+    by_place = [np.ndim(leaf) > 0 for leaf in leaves]
 
-    return sparse.by_position(values, *sides, *([] if labels is None else [labels]))
+    def values(*args: Array) -> tuple[Array, ...]:
+        logits, given = args[: len(sides)], iter(args[len(sides) :])
+        both = logits[0], logits[1] if len(logits) > 1 else None
+        own = [next(given) if there else leaf for leaf, there in zip(leaves, by_place, strict=True)]
+        labels, temperature, rows = jax.tree.unflatten(tree, own)
+        parts = [
+            dataclasses.replace(part, rows=some) if isinstance(part, chunked.Each) else part
+            for (_, part), some in zip(mix, rows, strict=True)
+        ]
+        return tuple(part.full(*both, labels, temperature) for part in parts)
+
+    shape = student.logits_shape[:-1]
+    return sparse.by_position(
+        values, *sides, *(jnp.broadcast_to(leaf, shape) for leaf, there in zip(leaves, by_place, strict=True) if there)
+    )
 
 
 def by_token(
