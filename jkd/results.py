@@ -45,6 +45,10 @@ def write(
     """
     if folder is None:
         return
-    result = {"summary": summary, "metrics": evaluation.metrics, "details": evaluation.details}
+    result: dict[str, Any] = {"summary": summary, "metrics": evaluation.metrics, "details": evaluation.details}
     result |= {} if sample is None else {"sample": dataclasses.asdict(sample)}
+    data = ctx.run.data
+    names = (getattr(source, "names", None) for source in (data.eval, data.train)) if data is not None else ()
+    if known := next(filter(None, names), None):
+        result["classes"] = list(known)
     write_json(folder / "result.json", result)

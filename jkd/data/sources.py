@@ -130,18 +130,18 @@ def source(
     if len(train) == 0 or (eval is not None and len(eval) == 0):
         raise InputError(f"{name}: the {'training' if len(train) == 0 else 'evaluation'} set is empty")
     columns = dict(columns or {})
+    features = getattr(train, "features", None)
+    label = features.get(columns.get("label", "label")) if hasattr(features, "get") else None
     if classes is None:
-        features = getattr(train, "features", None) or {}
-        classes = (
-            getattr(features.get(columns.get("label", "label")), "num_classes", None) if hasattr(features, "get") else None
-        )
-    records: Source = Records(train, classes=classes, columns=columns)
+        classes = getattr(label, "num_classes", None)
+    names = tuple(getattr(label, "names", None) or ())
+    records: Source = Records(train, classes=classes, columns=columns, names=names)
     if labelled is not None:
         mask_of(labelled, len(train), seed)  # says at once what is wrong with it
         records = Labelled(records, labelled, seed)
     return Data(
         train=records,
-        eval=None if eval is None else Records(eval, classes=classes, columns=columns),
+        eval=None if eval is None else Records(eval, classes=classes, columns=columns, names=names),
         train_maps=tuple(train_maps),
         eval_maps=tuple(eval_maps),
         threads=threads,
@@ -217,10 +217,12 @@ def _digits(split: str, labelled: float, seed: int) -> dict[str, np.ndarray]:
 class Records:
     """A `Source` that reads one record after another from an object with ``__len__`` and ``__getitem__``."""
 
-    def __init__(self, read: Any, *, classes: int | None = None, columns: Mapping[str, str] | None = None):
+    def __init__(
+        self, read: Any, *, classes: int | None = None, columns: Mapping[str, str] | None = None, names: Sequence[str] = ()
+    ):
         self._read = read
         self._columns = dict(columns or {})
-        self.classes = classes
+        self.classes, self.names = classes, tuple(names)
 
     def __len__(self) -> int:
         return len(self._read)

@@ -162,10 +162,10 @@ def _classes(sides: Sequence[_Side]) -> Figure | None:
     sums = {side.style: side.sums("classes") for side in sides[:2]}
     if not all(sums.get(style) for style in ("student", "control")):
         return None
-    ours, theirs = sums["student"], sums["control"]
+    ours, theirs, known = sums["student"], sums["control"], sides[0].own.first.classes
     gains = [
-        (100 * (a / n - b / m), name)
-        for name, (a, n, b, m) in enumerate(
+        (100 * (a / n - b / m), known[place] if place < len(known) else str(place))
+        for place, (a, n, b, m) in enumerate(
             zip(ours["correct"], ours["weight"], theirs["correct"], theirs["weight"], strict=True)
         )
         if n and m
@@ -175,14 +175,26 @@ def _classes(sides: Sequence[_Side]) -> Figure | None:
     if len(gains) > _FEW:
         gains.sort(reverse=True)
     y = svg.axis([gain for gain, _ in gains] + [0.0])
-    named = tuple((place + 0.5, str(name)) for place, (_, name) in enumerate(gains)) if len(gains) <= _FEW else ()
-    chart = svg.Chart(svg.Axis(0, len(gains), ticks=()), y, below="" if named else "classes, from gain to loss")
+    named = [_clipped(name) for _, name in gains] if len(gains) <= _FEW else []
+    longest = max(map(len, named), default=0)
+    # names that have no room beside each other stand on end
+    upright = longest * 6.5 * len(gains) > svg.WIDTH - 60
+    room = 14 + round(6.2 * longest) if upright else 32
+    chart = svg.Chart(
+        svg.Axis(0, len(gains), ticks=()),
+        y,
+        height=174 + room,
+        bottom=room,
+        below="" if named else "classes, from gain to loss",
+    )
     gap = 0.12 if len(gains) <= 60 else 0.0
     for place, (gain, name) in enumerate(gains):
         style, told = ("gain" if gain >= 0 else "loss"), f"class {name}: {gain:+.1f} points"
         chart.bar(place + gap, place + 1 - gap, min(0.0, gain), max(0.0, gain), style, told)
-    for at, word in named:
-        chart.text(chart.along(at), chart.height - 18, word)
+    for place, word in enumerate(named):
+        chart.text(
+            chart.along(place + 0.5), 174 + (6 if upright else 14), word, "end" if upright else "middle", upright=upright
+        )
     chart.line([(0, 0), (len(gains), 0)], "zero")
     better, worse = sum(gain > 0 for gain, _ in gains), sum(gain < 0 for gain, _ in gains)
     ends = sorted(gains)

@@ -68,13 +68,14 @@ class Chart:
         x: the horizontal axis.
         y: the vertical axis.
         height: of the whole drawing.
-        left: room for what stands left of the axes.
+        left, bottom: room for what stands left of the axes, and below them.
+        below: what the horizontal axis is.
     """
 
-    def __init__(self, x: Axis, y: Axis, *, height: int = 206, left: int = _LEFT, below: str = ""):
-        self.x, self.y, self.height, self.left = x, y, height, left
+    def __init__(self, x: Axis, y: Axis, *, height: int = 206, left: int = _LEFT, bottom: int = _BOTTOM, below: str = ""):
+        self.x, self.y, self.height, self.left, self.bottom = x, y, height, left, height - bottom
         self._parts: list[str] = []
-        right, bottom = WIDTH - _RIGHT, height - _BOTTOM
+        right, bottom = WIDTH - _RIGHT, self.bottom
         for value, text in y.ticks:
             at = self.across(value)
             self._parts.append(f'<path class="grid" d="M{left} {at}H{right}"/>')
@@ -91,13 +92,24 @@ class Chart:
         return round(self.left + self.x.at(value) * (WIDTH - _RIGHT - self.left), 1)
 
     def across(self, value: float) -> float:
-        return round(self.height - _BOTTOM - self.y.at(value) * (self.height - _BOTTOM - _TOP), 1)
+        return round(self.bottom - self.y.at(value) * (self.bottom - _TOP), 1)
 
-    def text(self, x: float, y: float, text: str, anchor: str = "middle", *, middle: bool = False, style: str = "") -> None:
-        """Words at a place of the drawing, not of the axes."""
-        shift = ' dy=".35em"' if middle else ""
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        anchor: str = "middle",
+        *,
+        middle: bool = False,
+        upright: bool = False,
+        style: str = "",
+    ) -> None:
+        """Words at a place of the drawing, not of the axes; ``upright`` they rise to it from below."""
+        turn = f' transform="rotate(-90 {x:g} {y:g})"' if upright else ""
+        shift = ' dy=".35em"' if middle or upright else ""
         kind = f' class="{style}"' if style else ""
-        self._parts.append(f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{shift}{kind}>{html.escape(text)}</text>')
+        self._parts.append(f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{shift}{turn}{kind}>{html.escape(text)}</text>')
 
     def line(self, points: Sequence[tuple[float, float]], style: str, *, dots: bool = False) -> None:
         """Through these points; a single one becomes a dot."""
