@@ -304,8 +304,12 @@ def numbers(text: str) -> list[int]:
     return [int(np.prod([int(length) for length in shape.split(",") if length] or [1])) for shape in shapes]
 
 
-@pytest.mark.parametrize("schedule", [chunked.Tokens(4), chunked.Vocabulary(64)], ids=["tokens", "vocabulary"])
-def test_a_split_head_is_never_gathered(schedule):
+@pytest.mark.parametrize(
+    ("schedule", "prepared"),
+    [(chunked.Tokens(4), False), (chunked.Tokens(4), True), (chunked.Vocabulary(64), False)],
+    ids=["tokens", "tokens, by part", "vocabulary"],
+)
+def test_a_split_head_is_never_gathered(schedule, prepared):
     """Tokens over four devices, the vocabulary over two: nothing is gathered, and what the devices found is added up once."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     rng, rows, vocab = np.random.default_rng(0), 8, 512
@@ -316,7 +320,12 @@ def test_a_split_head_is_never_gathered(schedule):
     labels = rng.integers(0, vocab, (rows, 8)).astype(np.int32)
 
     def loss(*sides):
-        return chunked.weighted_sum(MIX, *sides, labels=labels, weights=weights, schedule=schedule)
+        asked = dict(labels=labels, weights=weights, schedule=schedule)
+        if not prepared:
+            return chunked.weighted_sum(MIX, *sides, **asked)
+        # as a step takes it: the gradient is prepared in the forward pass, and completed in the backward pass where it must be
+        values = chunked.per_part(MIX, *sides, **asked)
+        return sum(coef * (value * weights).sum() for (coef, _), value in zip(MIX, values, strict=True))
 
     placed = [jax.device_put(array, by_column if array.ndim == 2 else by_row) for array in arrays]
     function = jax.value_and_grad(loss, argnums=(0, 1))

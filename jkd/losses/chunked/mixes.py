@@ -157,7 +157,7 @@ def _values_backward(schedule: Schedule, residuals: Any, cotangent: Any):
         unless = jnp.all(jnp.abs(cotangent - factor * expected) <= 1e-5 * jnp.abs(cotangent))
         cotangent = cotangent - factor * expected
     _, gradients = schedule.gradients(problem, kept, cotangent, wants.value, onto=onto, unless=unless)
-    return _cotangent(gradients, _skeleton(problem).value), None
+    return _cotangent(schedule.finished(gradients), _skeleton(problem).value), None
 
 
 _values.defvjp(_values_forward, _values_backward, symbolic_zeros=True)
@@ -187,7 +187,8 @@ def _total_backward(schedule: Schedule, residuals: Any, cotangent: Any):
     gradients, values, skeleton = residuals
     if isinstance(cotangent, SymbolicZero):
         return None, None
-    return _cotangent(jax.tree.map(lambda x: x * cotangent, gradients), skeleton.value), values * cotangent
+    found = schedule.finished(jax.tree.map(lambda x: x * cotangent, gradients))
+    return _cotangent(found, skeleton.value), values * cotangent
 
 
 _total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)

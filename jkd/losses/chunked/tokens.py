@@ -50,13 +50,15 @@ class Tokens:
         onto: tuple[Side, ...] | None = None,
         unless: Any = False,
     ) -> tuple[Any, tuple[Side, ...]]:
-        """What `values` gives, and the gradient of ``sum(coefs * values)`` by what is wanted of each side; sums in float32.
+        """What `values` gives, and the gradient of ``sum(coefs * values)`` by what is wanted of each side, as every device finds it.
+
+        Sums are in float32; those by kernel and bias ``[shards, …]`` are of each device's own tokens, until they are `finished`.
 
         Args:
             problem, kept: what, and what `values` left of it.
             coefs: ``[parts, tokens]``.
             wants: of each side, whether its arrays' gradients are wanted.
-            onto: gradients that these are added to.
+            onto: gradients, not finished, that these are added to.
             unless: a truth value, traced: nothing is walked, the values are 0 and the gradients ``onto`` alone.
         """
         cut = _Cut(problem, self.rows)
@@ -77,8 +79,11 @@ class Tokens:
         turns = cut.count if unless is False else jnp.where(unless, 0, cut.count)
         values, hidden, sums = jax.lax.fori_loop(0, turns, block, (values, list(hidden), list(sums)))
         whole = [x if x is None else cut.together(x) for x in hidden]
-        found = [Side(x, **{name: total.sum(0) for name, total in some.items()}) for x, some in zip(whole, sums, strict=True)]
-        return (cut.together(values).T, None), tuple(found)
+        return (cut.together(values).T, None), tuple(Side(x, **some) for x, some in zip(whole, sums, strict=True))
+
+    def finished(self, gradients: tuple[Side, ...]) -> tuple[Side, ...]:
+        """What `gradients` gives, summed over devices: once, however many of them were added up before."""
+        return tuple(Side(side.hidden, *(x if x is None else x.sum(0) for x in (side.kernel, side.bias))) for side in gradients)
 
 
 def _add_at(x: Any, new: Any, i: Any) -> Any:
@@ -95,8 +100,8 @@ def _start(side: Side, want: Side, onto: Side, cut: _Cut) -> tuple[Any, dict[str
     for name, shape in (("kernel", side.kernel.shape), ("bias", side.kernel.shape[1:])):
         if getattr(want, name):
             first = getattr(onto, name)
-            start = jnp.zeros(shape, side.dtype) if first is None else first / cut.shards
-            sums[name] = split(jnp.broadcast_to(start, (cut.shards, *shape)), cut.mesh, token_axes(cut.mesh))
+            start = jnp.zeros((cut.shards, *shape), side.dtype) if first is None else first
+            sums[name] = split(start, cut.mesh, token_axes(cut.mesh))
     return hidden, sums
 
 

@@ -59,8 +59,14 @@ class Vocabulary:
         sums = [columns.start(i, wants[i], starts[i]) for i in range(active)]
         turns = windows.count if unless is False else jnp.where(unless, 0, windows.count)
         sums = loop(turns, window, sums)
-        found = [columns.finished(some) for some in sums] + [Side()] * (len(wants) - active)
-        return (values, (norms, totals)), tuple(found)
+        found = [Side(**{name: x if name == "hidden" else windows.flat(x) for name, x in some.items()}) for some in sums]
+        return (values, (norms, totals)), tuple(found + [Side()] * (len(wants) - active))
+
+    def finished(self, gradients: tuple[Side, ...]) -> tuple[Side, ...]:
+        """What `gradients` gives; those by hidden ``[lanes, tokens, dim]`` are summed over the devices that hold the vocabulary."""
+        return tuple(
+            Side(side.hidden if side.hidden is None else side.hidden.sum(0), side.kernel, side.bias) for side in gradients
+        )
 
 
 class _Columns:
@@ -89,8 +95,8 @@ class _Columns:
         """Where gradients are summed: by hidden, for each device that holds some of the vocabulary; by kernel and bias, laid out."""
         side, lanes, found = self.problem.sides[place], self.windows.lanes, {}
         if want.hidden:
-            first = jnp.zeros(side.hidden.shape, side.dtype) if onto.hidden is None else onto.hidden / lanes
-            found["hidden"] = split(jnp.broadcast_to(first, (lanes, *side.hidden.shape)), self.problem.mesh, (VOCAB,))
+            first = jnp.zeros((lanes, *side.hidden.shape), side.dtype) if onto.hidden is None else onto.hidden
+            found["hidden"] = split(first, self.problem.mesh, (VOCAB,))
         # a column is written once, so it needs no more digits than the kernel has
         for name, shape, dtype in (
             ("kernel", side.kernel.shape, side.kernel.dtype),
@@ -112,6 +118,3 @@ class _Columns:
             kernel = self.windows.read(self.kernels[place], j)
             found["hidden"] = sums["hidden"] + side.by_hidden(gradient, kernel, lanes=self.windows.lanes)
         return found
-
-    def finished(self, sums: dict[str, Any]) -> Side:
-        return Side(**{name: x.sum(0) if name == "hidden" else self.windows.flat(x) for name, x in sums.items()})
