@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
-from jkd import optim
+from jkd import models, optim, trees
 from jkd.config import Ema
 from jkd.data import augment
 from jkd.errors import InputError
@@ -78,6 +79,7 @@ PLACES = {
     "data x fsdp x tensor": dict(mesh=MeshShape(data=2, fsdp=2, tensor=2)),
 }
 SPLIT = (("*body/kernel", P("fsdp", "tensor")), ("*head/kernel", P(("fsdp", "tensor"))))
+PROJECTOR = ("0/kernel", P("fsdp", "tensor"))
 
 
 def text(seed: int) -> dict:
@@ -88,9 +90,10 @@ def text(seed: int) -> dict:
 
 @functools.cache
 def placed(method: str, place: str | None) -> tiny.Trained:
-    """Three steps of a vision, a relational or a language recipe, on one device or over eight."""
+    """Three steps of a vision, a relational or a language recipe, or of one with parameters; on one device or over eight."""
     taps = {"student_taps": ("body",), "teacher_taps": ("body",)}
-    fields = {"recipe": RKD(**taps) if method == "relational" else KD()}
+    vision = {"vision": KD(), "relational": RKD(**taps), "projected": FitNet(**taps, projector=Linear())}
+    fields = {"recipe": vision.get(method)}
     rules, rows = SPLIT, [tiny.batch(seed=seed) for seed in range(3)]
     if method == "language":
         networks = [decoder.Config(vocab=64, dim=dim, depth=1, heads=8, hidden=2 * dim, remat=None) for dim in (32, 64)]
@@ -98,20 +101,64 @@ def placed(method: str, place: str | None) -> tiny.Trained:
         fields = {"recipe": TokenKD(), "student": student, "teacher": teacher}
         rules, rows = decoder.RULES, [text(seed) for seed in range(3)]
     if place is not None:
-        fields |= PLACES[place] | ({"rules": rules, "teacher_rules": rules} if "tensor" in place else {})
+        own = (PROJECTOR,) if method == "projected" else ()
+        fields |= PLACES[place] | ({"rules": rules + own, "teacher_rules": rules} if "tensor" in place else {})
     run = tiny.run(optimizer=optim.sgd(0.05, momentum=0.9), **fields)
-    return tiny.Engine(run, rows[0], devices=8 if place else 1).train(rows)
+    made = tiny.Engine(run, rows[0], devices=8 if place else 1)
+    if place is not None:
+        assert all(any(len(spec) for spec in trees.flatten(specs).values()) for specs in made.ctx.specs.values())
+    return made.train(rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("method", ["vision", "relational", "language"])
+@pytest.mark.parametrize("method", ["vision", "relational", "projected", "language"])
 def test_replicated_split_and_mixed_parameters_make_one_update(method, place):
     whole, split = placed(method, None), placed(method, place)
     moved = [jax.tree.map(np.subtract, one.first.params, one.start.params) for one in (split, whole)]
     assert tiny.distance(*moved) < GRADIENT
     assert tiny.distance(split.state.params, whole.state.params) < PARAMETERS
     np.testing.assert_allclose(split.losses, whole.losses, rtol=2e-5)
+
+
+class Convolution(nnx.Module):
+    """As others write them: nothing in it knows of a mesh."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(tiny.IMAGE[-1], 64, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(64, rngs=rngs)
+        self.head = nnx.Linear(64, tiny.CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jax.nn.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+
+class Perceptron(linen.Module):
+    """Likewise."""
+
+    @linen.compact
+    def __call__(self, x):
+        x = jax.nn.relu(linen.Dense(64)(x.reshape(x.shape[0], -1)))
+        return linen.Dense(tiny.CLASSES)(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_networks_of_others_split_as_they_are_make_the_same_update(kind):
+    pair = [models.from_nnx(lambda rngs: Convolution(rngs)), models.from_linen(Perceptron(), example=tiny.batch(2))]
+    student, teacher = pair if kind == "nnx" else reversed(pair)
+    fields = dict(student=student, teacher=teacher.with_weights(*teacher.init(jax.random.key(5))))
+    whole, split = (
+        tiny.Engine(tiny.run(optimizer=optim.sgd(0.05, momentum=0.9), **fields | place), devices=devices)
+        for devices, place in ((1, {}), (8, {"mesh": MeshShape(data=2, fsdp=4)}))
+    )
+    for specs in split.ctx.specs.values():
+        assert any("fsdp" in spec for spec in trees.flatten(specs).values())
+    one, other = whole.train(tiny.batches(3)), split.train(tiny.batches(3))
+    moved = [jax.tree.map(np.subtract, each.first.params, each.start.params) for each in (other, one)]
+    assert tiny.distance(*moved) < GRADIENT
+    assert tiny.distance(other.state.params, one.state.params) < PARAMETERS
+    np.testing.assert_allclose(other.losses, one.losses, rtol=2e-5)
 
 
 @pytest.mark.parametrize("layout", ["data x fsdp, 2 microbatches"])
