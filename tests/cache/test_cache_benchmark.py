@@ -16,7 +16,8 @@ def test_tiny_benchmark():
     size = {line["codec"]: line for line in lines if line["what"] == "size"}
     assert size["top-64 uint8"]["bytes_per_token"] <= 210
     assert size["top-64 float16"]["bytes_per_token"] <= 264
-    assert size["50 draws"]["bytes_per_token"] <= 50  # of 32 tokens; of 1,024 it is 35
+    draws = size["50 draws"]  # at most 40 B up to 15 different ids; these 32 tokens have more, the benchmark's 1,024 take 35 B
+    assert draws["bytes_per_token"] <= (49 + 17 * draws["different_ids"]) / 8 + 1.5  # whole groups of ids
     assert size["top-64 uint8"]["kl_mean"] <= 2e-4
     assert size["top-64 float16"]["kl_mean"] <= 1e-7
     assert [line["what"] for line in lines[3:]] == ["rate", "rate", "images", "images", "images"]

@@ -133,11 +133,12 @@ def test_sampled_is_exact_and_small():
     payload = codec.encode(drawn)
     different = (np.diff(np.sort(drawn["ids"], axis=-1), axis=-1, prepend=-1) > 0).sum(-1).mean()
     assert different > 12  # as in the paper, or more
-    assert len(payload) <= (50 + 17 * different) / 8 * TIME + 24 <= 42 * TIME
+    assert len(payload) <= (50 + 17 * different) / 8 * TIME + 24
     (found,) = codec.decode([payload])["ids"]
     np.testing.assert_array_equal(found, np.sort(drawn["ids"], axis=-1))
-    twelve = {"ids": np.repeat(np.arange(12) * 1000, [39, *[1] * 11])[None].repeat(8, 0)}
-    assert len(codec.encode(twelve)) <= 33 * 8
+    for kinds, most in ((12, 33), (15, 40)):  # bytes a token; of text fifty draws are about twelve different ids
+        some = {"ids": np.repeat(np.arange(kinds) * 1000, [51 - kinds, *[1] * (kinds - 1)])[None].repeat(64, 0)}
+        assert len(codec.encode(some)) <= most * 64
     alike = codec.decode([codec.encode({"ids": np.full((2, 50), 7)}), codec.encode({"ids": np.full((2, 50), 3)})])
     np.testing.assert_array_equal(alike["ids"][:, 1, 0], [7, 3])
 
