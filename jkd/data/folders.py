@@ -15,7 +15,6 @@ import numpy as np
 
 from jkd.data.batch import Record
 from jkd.data.labels import Labelled
-from jkd.data.order import choose
 from jkd.data.pipeline import Data, Map
 from jkd.data.vision import decode_image, whole_image
 from jkd.errors import InputError, nearest
@@ -45,7 +44,8 @@ def image_folder(
     Args:
         train: the folder that holds the classes' folders.
         eval: another one, whose classes must be among those of ``train``; or the share of each class of ``train`` that is held
-            out (always the same files, whatever the seed); None for no evaluation.
+            out, rounded: the files whose names have the lowest hashes, whatever the seed and the other classes. Each file
+            that is added or taken away later moves at most one other between the two. None for no evaluation.
         channels: 1 (gray), 3 (RGB) or 4; images of other kinds are converted.
         check: read every image once at first, a few thousand a second; files that are broken are left out, with a warning that
             names them. Without it a broken file stops the training when its turn comes.
@@ -115,7 +115,7 @@ class ImageFolder:
     @functools.cached_property
     def _files(self) -> tuple[list[Path], np.ndarray]:
         """The images and their labels; of what is broken nothing, though it had its part in what is held out."""
-        files, labels = [], []
+        files, labels, held = [], [], []
         for folder in _classes(self._root):
             if folder not in self.names:
                 raise InputError(f"{self._root}: class {folder!r} is not one of {self._like}{nearest(folder, self.names)}")
@@ -124,9 +124,9 @@ class ImageFolder:
                 raise InputError(f"{self._root / folder}: no images ({', '.join(SUFFIXES)})")
             files += found
             labels += [self.names.index(folder)] * len(found)
+            held += _held_out([path.relative_to(self._root).as_posix() for path in found], self._share)
         label = np.array(labels, np.int32)
-        held_out = choose(label, round(self._share * len(files)), seed=0) if self._share else np.zeros(len(files), bool)
-        mine = np.flatnonzero(held_out if self._part == "eval" else ~held_out)
+        mine = np.flatnonzero(np.array(held) == (self._part == "eval"))
         if self._check:
             mine = self._whole(files, mine)
         return [files[place] for place in mine], label[mine]
@@ -179,6 +179,14 @@ def _classes(root: Path) -> tuple[str, ...]:
     if not names:
         raise InputError(f"image_folder: {root} holds no folders; give the folder that holds a folder for each class")
     return names
+
+
+def _held_out(names: Sequence[str], share: float) -> list[bool]:
+    """Of a class: which of its files are evaluated on. By hash, so that they stay when others come; so many as the share says, so
+    that small classes have their part."""
+    lowest = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors="surrogatepass")).digest())
+    chosen = set(lowest[: int(share * len(names) + 0.5)])
+    return [name in chosen for name in names]
 
 
 def _images(folder: Path) -> Iterator[Path]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,10 +56,21 @@ class Columns:
         self._wanted = (columns,) if isinstance(columns, str) else None if columns is None else tuple(columns)
 
     @functools.cached_property
+    def _there(self) -> list[str]:
+        names = getattr(self._records, "column_names", None)  # of those that need not read a row for it
+        return list(self._records[0]) if names is None else list(names)
+
+    @functools.cached_property
+    def _rows(self) -> Records:
+        """The records with no more columns than are looked at, where they can leave the others out."""
+        select = getattr(self._records, "select_columns", None)
+        return self._records if select is None else select([*self._columns, *({TOOLS} & set(self._there) - set(self._columns))])
+
+    @functools.cached_property
     def _columns(self) -> tuple[str, ...]:
         if len(self._records) == 0:
             raise InputError(f"{self._name} has no rows")
-        there = list(self._records[0])
+        there = self._there
         if self._wanted is not None:
             for column in self._wanted:
                 if column not in there:
@@ -78,13 +90,13 @@ class Columns:
 
     @functools.cached_property
     def conversational(self) -> bool:
-        return len(self._columns) > 1 or not isinstance(self._records[0][self._columns[0]], str)
+        return len(self._columns) > 1 or not isinstance(self._rows[0][self._columns[0]], str)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Document:
-        columns, record = self._columns, self._records[index]
+        columns, record = self._columns, self._rows[index]
         try:
             parts = tuple(record[column] for column in columns)
         except KeyError as error:
@@ -158,31 +170,36 @@ class JsonLines:
 
 
 class Parquet:
-    """The rows of some Parquet files."""
+    """The rows of some Parquet files. Nothing but the names of columns and the number of rows is read before a row is asked for."""
 
-    def __init__(self, *patterns: str | os.PathLike[str]):
+    def __init__(self, *patterns: str | os.PathLike[str], columns: Sequence[str] | None = None):
+        self._patterns, self._chosen = patterns, columns
         self._files = matching(*patterns)
+
+    def select_columns(self, names: Sequence[str]) -> Parquet:
+        """The same rows with these columns alone; the others stay on the disk."""
+        return Parquet(*self._patterns, columns=list(names))
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self._described[0].schema.to_arrow_schema().names) if self._chosen is None else list(self._chosen)
+
+    @functools.cached_property
+    def _described(self) -> list[Any]:
+        return [_parquet("read_metadata", path) for path in self._files.paths]
 
     @functools.cached_property
     def _table(self) -> Any:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise MissingExtra('Parquet files need pyarrow: pip install "jkd[train]"') from error
-        parts = []
-        for path in self._files.paths:
-            try:
-                parts.append(pyarrow.parquet.read_table(path))
-            except pyarrow.ArrowException as error:
-                raise InputError(f"{path}: no Parquet file ({error})") from error
+        import pyarrow
+
+        parts = [_parquet("read_table", path, columns=self._chosen) for path in self._files.paths]
         try:
             return pyarrow.concat_tables(parts).combine_chunks()
         except pyarrow.ArrowException as error:
             raise InputError(f"{self._files.name}: the files' columns differ ({error})") from error
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return sum(one.num_rows for one in self._described)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return {name: column[index].as_py() for name, column in zip(self._table.column_names, self._table.columns, strict=True)}
@@ -193,6 +210,18 @@ class Parquet:
 
     def __repr__(self) -> str:
         return repr(self._files)
+
+
+def _parquet(function: str, path: Path, **options: Any) -> Any:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtra('Parquet files need pyarrow: pip install "jkd[train]"') from error
+    try:
+        return getattr(parquet, function)(path, **options)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: no Parquet file ({error})") from error
 
 
 def said(records: Any) -> str:

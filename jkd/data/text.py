@@ -141,7 +141,7 @@ def jsonl(train: str | Sequence[str], *, eval: str | Sequence[str] | None = None
 def parquet(
     train: str | Sequence[str], *, eval: str | Sequence[str] | None = None, name: str = "parquet", **options: Any
 ) -> Data:
-    """Parquet files by glob patterns, with columns as `jsonl` has them; they are held in memory as Arrow has them."""
+    """Parquet files by glob patterns, with columns as `jsonl` has them. Columns that are looked at are read into memory, no others."""
     return _table(Parquet, train, eval, name, options)
 
 

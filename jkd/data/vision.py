@@ -37,19 +37,42 @@ def decode_image(content: bytes, channels: int = 3) -> np.ndarray:
         channels: 1 (gray), 3 (RGB) or 4 (RGB and alpha).
 
     Raises:
-        InputError: the bytes are no image, or it is cut short.
+        InputError: other ``channels``; the bytes are no image, or it is cut short, damaged or too large for Pillow.
     """
+    _mode(channels)
+    pillow = _pillow()
     try:
-        with _pillow().open(io.BytesIO(content)) as opened:
+        with pillow.open(io.BytesIO(content)) as opened:
             return pixels(opened, channels)
-    except OSError as error:  # what Pillow raises for unknown formats and for truncated files alike
+    except MemoryError:
+        raise
+    except Exception as error:  # of broken files Pillow raises OSError, SyntaxError, ValueError, errors of its own and others
         raise InputError(f"an image of {len(content)} bytes cannot be decoded: {error}") from error
 
 
 def pixels(opened: Any, channels: int = 3) -> np.ndarray:
-    """An image that Pillow has opened as uint8 ``[height, width, channels]``."""
-    image = np.asarray(opened.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
+    """An image that Pillow has opened as uint8 ``[height, width, channels]``, turned as its EXIF says the camera was held."""
+    opened.load()  # of TIFF that turns it already
+    if _orientation(opened) != 1:
+        from PIL import ImageOps
+
+        opened = ImageOps.exif_transpose(opened)
+    image = np.asarray(opened.convert(_mode(channels)))
     return image[:, :, None] if channels == 1 else image
+
+
+def _orientation(opened: Any) -> int:
+    try:
+        return opened.getexif().get(274, 1)
+    except Exception:  # what is written beside the pixels may be damaged where they are not
+        return 1
+
+
+def _mode(channels: int) -> str:
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise InputError(f"channels={channels}: give 1 (gray), 3 (RGB) or 4 (RGB and alpha)")
+    return modes[channels]
 
 
 def whole_image(path: str | os.PathLike[str]) -> str:

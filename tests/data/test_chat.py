@@ -7,7 +7,7 @@ import make_chats
 import pytest
 
 from jkd import data
-from jkd.data import chat
+from jkd.data import chat, tables
 from jkd.data.tokenizer import Bytes
 from jkd.errors import InputError
 
@@ -67,6 +67,15 @@ def test_messages_in_parquet_are_those_of_json_lines(tmp_path):
     found = [Bytes().decode(record["tokens"][record["mask"] > 0]) for record in made.train.records(range(len(rows)))]
     assert found == [texts[talk] for talk in TALKS]
     assert all(record["loss_mask"].any() for record in made.train.records(range(len(rows))))
+    # the column that nobody looks at stays on the disk
+    whole = tables.Parquet(str(tmp_path / "a.parquet"))
+    assert whole.column_names == ["messages", "tools", "image"]
+    read = tables.Columns(whole, None, Bytes(), TOOLS)._rows
+    assert (list(read[0]), read.column_names, len(read)) == (["messages", "tools"], ["messages", "tools"], len(rows))
+    parquet.write_table(Table.from_pylist([{"text": "other"}]), tmp_path / "b.parquet")
+    both = data.parquet(str(tmp_path / "*.parquet"), length=1000, layout="pad", template=TOOLS)
+    with pytest.raises(InputError, match="b.parquet|columns differ"):
+        len(both.train)
 
 
 @pytest.mark.parametrize(

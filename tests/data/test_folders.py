@@ -1,6 +1,7 @@
 """Images in folders: classes, what is held out, and files that are broken."""
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jkd import data
+from jkd.data.folders import _held_out
 from jkd.errors import InputError
 
 
@@ -41,10 +43,35 @@ def test_a_class_for_each_folder_and_the_same_files_always_held_out(photos):
     assert not paths[0] & paths[1]
     again = data.image_folder(photos, eval=0.2, channels=1, seed=7)
     assert set(map(str, again.eval._files[0])) == paths[1]
-    assert repr(again.train) == repr(made.train) != repr(made.eval)
+    before = repr(made.train)
+    assert repr(again.train) == before != repr(made.eval)
+    assert "20 files" in before
     put(photos, **{"cat/new.png": 9})
-    assert repr(again.train) != repr(made.train) or "21 files" in repr(again.train)
+    assert repr(again.train) == before.replace("20 files", "21 files").replace(sha(before), sha(repr(again.train))) != before
     assert next(data.image_folder(photos, eval=None).batches(4, seed=0))["image"].shape == (4, 6, 5, 3)
+
+
+def sha(said):
+    return re.search("sha256=([0-9a-f]{16})", said)[1]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_a_file_that_is_added_moves_at_most_one_other(share):
+    held = set()
+    for count in range(1, 80):
+        names = [f"cat/{number * 37 % 101}.png" for number in range(count)]
+        now = {name for name, out in zip(names, _held_out(names, share), strict=True) if out}
+        assert abs(len(now) - share * count) <= 0.5
+        assert len((now ^ held) - {names[-1]}) <= 1
+        held = now
+    assert _held_out(names[::-1], share)[::-1] == _held_out(names, share)  # nor does the order matter
+
+
+def test_other_classes_do_not_move_what_is_held_out(photos):
+    before = [path for path in data.image_folder(photos, eval=0.25).eval._files[0] if "dog" in path.parts]
+    put(photos, **{f"cat/new{number}.png": number for number in range(7)}, **{"ant/1.png": 1})
+    assert [path for path in data.image_folder(photos, eval=0.25).eval._files[0] if "dog" in path.parts] == before
+    assert len(before) == 3
 
 
 def test_another_folder_to_evaluate_on_keeps_the_classes(photos, tmp_path):

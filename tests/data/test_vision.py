@@ -90,6 +90,44 @@ def test_decode(kind, mode, channels):
         np.testing.assert_array_equal(out, np.asarray(picture).reshape(6, 5, channels))
 
 
+@pytest.mark.parametrize(
+    ("orientation", "upright"), [(1, lambda a: a), (3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1))]
+)
+def test_a_camera_that_was_held_otherwise(orientation, upright):
+    from PIL import Image
+
+    stored = rng().integers(0, 255, (4, 6, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    for kind in ("PNG", "TIFF"):  # Pillow turns TIFF by itself
+        content = io.BytesIO()
+        Image.fromarray(stored).save(content, kind, exif=exif)
+        np.testing.assert_array_equal(vision.decode_image(content.getvalue()), upright(stored), err_msg=kind)
+
+
+def test_every_kind_of_broken_image_is_one(monkeypatch):
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(rng().integers(0, 255, (200, 200, 3)).astype(np.uint8)).save(content, "PNG")
+    whole = content.getvalue()
+    second = whole.rindex(b"IDAT")
+    assert second > len(whole) // 3
+    for broken, kind in (
+        (whole[:-9000], OSError),
+        (whole[:20], OSError),
+        (whole[:second] + bytes(4) + whole[second + 4 :], SyntaxError),
+    ):
+        with pytest.raises(InputError, match="bytes cannot be decoded") as found:
+            vision.decode_image(broken)
+        assert isinstance(found.value.__cause__, kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(InputError, match="exceeds limit of"):
+        vision.decode_image(whole)
+    with pytest.raises(InputError, match=r"channels=2: give 1 \(gray\), 3"):
+        vision.decode_image(whole, 2)
+
+
 def test_standard_stacks():
     record = {"image": noise(300, 400)}
     for maps, shape in [
