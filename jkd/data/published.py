@@ -93,6 +93,12 @@ class Tfds:
         feature = None if self.label is None else self._feature(self.label)
         return getattr(feature, "num_classes", None)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes; empty where the set does not name them."""
+        feature = None if self.label is None else self._feature(self.label)
+        return tuple(getattr(feature, "names", None) or ())
+
     def __len__(self) -> int:
         return len(open_split(self.name, self.data_dir, self.split, self.image))
 

@@ -130,7 +130,7 @@ def source(
     if len(train) == 0 or (eval is not None and len(eval) == 0):
         raise InputError(f"{name}: the {'training' if len(train) == 0 else 'evaluation'} set is empty")
     columns = dict(columns or {})
-    features = getattr(train, "features", None)
+    features: Any = getattr(train, "features", None)
     label = features.get(columns.get("label", "label")) if hasattr(features, "get") else None
     if classes is None:
         classes = getattr(label, "num_classes", None)

@@ -150,6 +150,7 @@ def test_a_set_that_is_not_prepared_still_has_shapes(tmp_path):
     assert cifar.spec(2)["image"].shape == (2, 32, 32, 3)
     imagenet = data.tfds("imagenet2012", eval_split="validation", data_dir=tmp_path, train_maps=vision.imagenet_train(64))
     assert (imagenet.classes, imagenet.spec(2)["image"].shape) == (1000, (2, 64, 64, 3))
+    assert imagenet.eval.names[:2] == ("n01440764", "n01443537")
     noise = data.fake(imagenet, train_size=8, eval_size=4)
     assert first(noise.batches(4, seed=0))["image"].shape == (4, 64, 64, 3)
 
