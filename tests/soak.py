@@ -2,8 +2,8 @@
 
 Every process is real, trains `tests/programs/pod.py` and dies of SIGKILL, stops at SIGTERM, or finds a checkpoint damaged or the
 disk full. After each, it must go on from the newest whole checkpoint; each time a training ends, its parameters, its average and
-its count of the examples that it saw must have the bits of the training that nobody touched. Prints a table; ``--write`` puts it
-into docs/pods.md. ``--seconds`` bounds it.
+its count of the examples that it saw must have the bits of the training that nobody touched. It goes on until there were as many
+kills as were asked for and three of each other fault. Prints a table; ``--write`` puts it into docs/pods.md. ``--seconds`` bounds it.
 
 Processes are forked from one that has imported everything and touched no device: a start takes a second, not ten.
 """
@@ -26,7 +26,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 os.environ |= {"JAX_PLATFORMS": "cpu", "PAUSE": "0.0002"}
-KILLED, TERM, FLIPPED, CUT, FULL = "SIGKILL", "SIGTERM", "a bit of a checkpoint flipped", "a file of it cut short", "disk full"
+KILLED, TERM, FULL = "SIGKILL", "SIGTERM", "disk full in every save of a process"
+FLIPPED, CUT = "a bit of the newest checkpoint flipped", "a file of the newest checkpoint cut short"
+OTHERS, EACH = (TERM, FLIPPED, CUT, FULL), 3
 PAGE = HERE.parent / "docs" / "pods.md"
 
 
@@ -68,13 +70,15 @@ def train(workdir: Path, full: bool = False) -> None:
 class Soak:
     def __init__(self, folder: Path, rng: random.Random):
         self.folder, self.rng = folder, rng
-        self.workdir, self.said = folder / "run", folder / "said"
+        self.workdir, self.said, self.began = folder / "run", folder / "said", folder / "began"
         self.counts: collections.Counter = collections.Counter()
         self.untouched()  # compiles
         self.whole, self.whole_seconds = self.untouched()
 
     def fork(self, **options) -> int:
         self.said.unlink(missing_ok=True)
+        time.sleep(0.02)  # a tick of the file system's clock, so that what was there before is older
+        self.began.touch()
         pid = os.fork()
         if pid == 0:
             try:
@@ -137,18 +141,26 @@ class Soak:
 
     def name(self, kind: str, code: int, damaged: bool) -> None:
         if kind == KILLED and code == -signal.SIGKILL:
-            folders = list((self.workdir / "student" / "checkpoints").glob("*"))
-            saving = any(not list(path.glob("manifest-*")) for path in folders)
+            began = self.began.stat().st_mtime_ns  # an older folder may be what an earlier kill left unfinished
+            folders = (self.workdir / "student" / "checkpoints").glob("*")
+            saving = any(path.stat().st_ctime_ns >= began and not list(path.glob("manifest-*")) for path in folders)
             when = "during a save" if saving else "while training" if self.told("start") else "while starting"
             self.counts[f"SIGKILL {when}"] += 1
         elif kind == TERM and code in (75, -signal.SIGTERM):
-            self.counts["SIGTERM" if code == 75 else "SIGTERM before the training began"] += 1
-        elif damaged:
-            self.counts[kind] += 1
-        elif kind == FULL and any("could not be written" in line for line in self.told("message")):
-            self.counts["disk full during every save of a process"] += 1
-        elif code != 0:
+            self.counts[TERM if code == 75 else f"{TERM} before the training began"] += 1
+        elif code != 0 and kind != FULL:  # which cannot write its result either
             self.check(False, f"{kind}: exit code {code}")
+        elif damaged or any("could not be written" in line for line in self.told("message")):
+            self.counts[kind] += 1
+
+    def kills(self) -> int:
+        return sum(count for name, count in self.counts.items() if name.startswith(KILLED))
+
+    def draw(self, kills: int) -> str:
+        """What comes next: kinds that have not come often enough yet, and kills, which leave checkpoints behind."""
+        lacking = [kind for kind in OTHERS if self.counts[kind] < EACH]
+        kind = self.rng.choice(lacking or OTHERS) if self.rng.random() < (0.35 if self.kills() < kills else 0.7) else KILLED
+        return KILLED if kind in (FLIPPED, CUT) and len(self.good()) < 2 else kind
 
     def good(self) -> dict[int, Path]:
         """Finished checkpoints that were not damaged here; the last attempt of each step."""
@@ -180,11 +192,10 @@ def soak(kills: int, seconds: float, seed: int) -> collections.Counter:
 
     try:
         made = Soak(folder, random.Random(seed))
-        others = [TERM, FLIPPED, CUT, FULL]
-        while sum(count for name, count in made.counts.items() if name.startswith("SIGKILL")) < kills:
+        while made.kills() < kills or min(made.counts[kind] for kind in OTHERS) < EACH:
             if time.monotonic() > until:
                 raise SystemExit(f"soak: {dict(made.counts)} in {seconds:.0f} s: too slow a machine for {kills} kills")
-            made.fault(KILLED if made.rng.random() < 0.75 else others[made.rng.randrange(4)])
+            made.fault(made.draw(kills))
             print(f"soak: {until - time.monotonic():.0f} s left, {dict(made.counts)}", file=sys.stderr, flush=True)
         os.environ["PAUSE"] = "0"
         for _ in range(3):  # the last training too must end well
