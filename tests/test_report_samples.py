@@ -84,7 +84,8 @@ def test_the_page_shows_them_escaped_side_by_side(folder):
     prompt, *said = re.findall(r"<pre>(.*?)</pre>", section, re.S)
     assert html.unescape(prompt) == PROMPT
     assert "<b>" not in section.replace("<b>kd</b>", "").replace("<b>control</b>", "").replace("<b>late</b>", "")
-    assert [html.unescape(one) for one in said] == ["    return x\ufffd\n", "    pass", "    return <x>\n", ""]
+    assert [html.unescape(one) for one in said] == ["    return x\ufffd\n", "    pass", "    return <x>\n"]
+    assert '<h4>late</h4><p class="note">no words</p>' in section
     assert re.findall(r'<div class="(\w+)"><h4>(\w+)</h4>', section) == [
         ("teacher", "teacher"),
         ("control", "control"),

@@ -179,7 +179,7 @@ def _classes(sides: Sequence[_Side]) -> Figure | None:
     longest = max(map(len, named), default=0)
     # names that have no room beside each other stand on end
     upright = longest * 6.5 * len(gains) > svg.WIDTH - 60
-    room = 14 + round(6.2 * longest) if upright else 32
+    room = 16 + round(5.6 * longest) if upright else 32
     chart = svg.Chart(
         svg.Axis(0, len(gains), ticks=()),
         y,

@@ -129,12 +129,15 @@ def _figure(figure: Figure) -> str:
 def _said(one: Sampled) -> str:
     """A prompt, and beside each other what followed."""
     sides = "".join(
-        f'<div class="{STYLES[voice.role]}"><h4>{_text(voice.label)}</h4><pre>{_printed(voice.text)}</pre></div>'
-        for voice in one.voices
+        f'<div class="{STYLES[voice.role]}"><h4>{_text(voice.label)}</h4>{_words(voice.text)}</div>' for voice in one.voices
     )
     note = "each goes on with the beginning of the first evaluation text, drawn with the same seed"
     prompt = f"<pre>{_printed(one.prompt)}</pre>"
     return f'<div class="samples"><h3>In their own words</h3><p class="note">{note}</p>{prompt}<div class="said">{sides}</div></div>'
+
+
+def _words(text: str) -> str:
+    return f"<pre>{_printed(text)}</pre>" if text.strip() else '<p class="note">no words</p>'
 
 
 def _printed(text: str) -> str:
