@@ -19,7 +19,11 @@ until_true() { # SECONDS WHAT COMMAND…
   done
 }
 
-command -v slurmctld slurmd munged >/dev/null || {
+installed() { # all of them: command -v with several names is content with one
+  local each
+  for each in slurmctld slurmd scontrol sbatch srun sinfo munged munge; do command -v "$each" >/dev/null || return 1; done
+}
+installed || {
   [[ $EUID == 0 ]] || { say "slurm-wlm and munge are not installed, and only root can: run as root"; exit 1; }
   say "installing slurm-wlm and munge"
   { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge; } >/dev/null
@@ -98,10 +102,14 @@ scontrol requeue "$job" || fail "scontrol requeue"
 say "job $job: preempted after $SECONDS s (scontrol requeue)"
 stopped() { grep -q '^jkd: stopped' "$work/job.log"; }
 until_true 40 "a checkpoint before the end" stopped
-say "$(grep -o '^jkd: stopped [a-z]* at step [0-9]*' "$work/job.log")"
+at=$(grep -o '^jkd: stopped student at step [0-9]*' "$work/job.log" | tail -n 1 || true)
+step=${at##* }
+[[ -n $step ]] || fail "it did not say at which step of the student it stopped"
+say "$at"
 over() { [[ $(state JobState) == COMPLETED || $(state JobState) == FAILED ]]; }
 until_true $LIMIT "the end of the job" over
 [[ $(state JobState) == COMPLETED && $(state Restarts) == 1 ]] || fail "the job: $(state JobState), $(state Restarts) restarts"
-say "job $job: started again, finished after $SECONDS s, $(state Restarts) restart"
+grep -q "student: goes on after step $step\$" "$work/job.log" || fail "it did not go on after step $step"
+say "job $job: started again, went on after step $step, finished after $SECONDS s, $(state Restarts) restart"
 [[ $(sha "$work/preempted") == "$(sha "$work/whole")" ]] || fail "$(sha "$work/preempted") is not $(sha "$work/whole")"
 say "the same bits as the run that was never preempted: $(sha "$work/whole")"
