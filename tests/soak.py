@@ -121,9 +121,12 @@ class Soak:
         damaged = kind in (FLIPPED, CUT) and len(there) > 1
         if damaged:
             self.damage(good[there[-1]], kind)
-        pid, limit = self.fork(full=kind == FULL), self.rng.uniform(0.02, 0.6) * self.whole_seconds
+        pid, moment = self.fork(full=kind == FULL), self.rng.uniform(0.02, 0.6) * self.whole_seconds
         if kind in (KILLED, TERM):
-            time.sleep(limit)
+            if kind == TERM or self.rng.random() < 0.8:  # else while it starts, perhaps
+                while not self.told("start") and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                    time.sleep(0.005)
+            time.sleep(moment)
             os.kill(pid, {KILLED: signal.SIGKILL, TERM: signal.SIGTERM}[kind])
         code = self.end(pid)
         started = [int(step) for step in self.told("start")]
