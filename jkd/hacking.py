@@ -10,17 +10,28 @@ Source: Tiapkin et al., "On Teacher Hacking in Language Model Distillation", 202
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 RISE = 0.05
 """How much of its best value ``oracle_kl`` must rise by before it is told: what noise of an evaluation set should not reach."""
 
 
 class Watch:
-    """Sees a run's evaluations in turn; those before a restart are not seen again."""
+    """Sees a run's evaluations in turn.
 
-    def __init__(self) -> None:
-        self._best: tuple[int, float, float] | None = None
-        self._told = False
+    Args:
+        kept: the ``state`` of a watch that saw those before a restart.
+    """
+
+    def __init__(self, kept: Mapping[str, Any] | None = None) -> None:
+        step, *values = (kept or {}).get("best") or (0,)
+        self._best: tuple[int, float, float] | None = (step, values[0], values[1]) if values else None
+        self._told = bool((kept or {}).get("told"))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What it remembers, as JSON."""
+        return {"best": self._best, "told": self._told}
 
     def see(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """A line where the student has begun to leave the oracle while it nears the teacher, told once; else None.
@@ -31,7 +42,7 @@ class Watch:
         """
         if not {"kl", "oracle_kl"} <= metrics.keys():
             return None
-        proxy, golden = metrics["kl"], metrics["oracle_kl"]
+        proxy, golden = float(metrics["kl"]), float(metrics["oracle_kl"])
         if self._best is None or golden <= self._best[2]:
             self._best = step, proxy, golden
             return None

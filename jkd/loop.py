@@ -230,6 +230,7 @@ class _Training:
         else:
             state, meta, start = restored
             frozen, weights = freeze(ctx), meta.get("sampling_weights")
+            self.hacking = Watch(meta.get("hacking"))
         self.call, self.term_gradients = calls.make_call(ctx), make_term_gradients(ctx)
         self.evaluation = make_evaluate(ctx)
         self.listener.run_started(self.name, ctx, start)
@@ -299,6 +300,7 @@ class _Training:
         meta: dict[str, Any] = {
             "position": step,  # global batches trained on
             "config": self.config,
+            "hacking": self.hacking.state,
             "revision": provenance.code_revision(),
             "versions": provenance.package_versions(),
         }

@@ -30,6 +30,13 @@ def test_it_speaks_once_where_the_one_falls_and_the_other_rises():
     assert [one is not None for one in told] == [False, False, False, True, False]  # 0.41 is within the noise
     assert "since step 1 " in told[3]
     assert "(KL 0.4 to 0.5)" in told[3]
+    for restart in range(5):  # from a checkpoint it goes on as if nothing had been
+        watch, again = Watch(), []
+        for step, (kl, oracle) in enumerate(seen):
+            if step == restart:
+                watch = Watch(json.loads(json.dumps(watch.state)))
+            again.append(watch.see(step, {"kl": kl, "oracle_kl": oracle}))
+        assert again == told
     both_rise = Watch()  # the student forgets: that is no hacking
     assert not any(both_rise.see(i, {"kl": 1.0 + i, "oracle_kl": 1.0 + i}) for i in range(4))
     assert Watch().see(0, {"kl": 1.0}) is None
