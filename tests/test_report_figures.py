@@ -47,7 +47,9 @@ def experiment(folder, *, temperature=4.0, batch_size=64, accuracy=0.8):
     }
     cost = {"parameters": 1234567, "examples_per_s": 4321.4, "student_flops": 1.25e12, "teacher_flops": 6e12}
     results = {
-        "teacher": result(0.9, [90.0, 90.0, 90.0], parameters=9876543, examples_per_s=100.0, student_flops=2e13),
+        "teacher": result(
+            0.9, [90.0, 90.0, 90.0], parameters=9876543, examples_per_s=100.0, student_flops=2e13, teacher_flops=0.0
+        ),
         "control": result(0.7, [50.0, 60.0, 70.0], **cost),
         "kd": result(accuracy, [75.0, 50.0, 70.0], extra_parameters=4096, **cost),
     }

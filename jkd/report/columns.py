@@ -106,7 +106,8 @@ def _median(stat: Stat) -> str:
 
 
 def _power(stat: Stat) -> str:
-    return f"{statistics.median(stat.values):.2e}"
+    size = statistics.median(stat.values)
+    return f"{size:.2e}" if size else ""  # of a teacher that is not there
 
 
 def _published(row: Row) -> str:
