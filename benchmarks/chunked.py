@@ -89,7 +89,8 @@ def memory(ours: Any, theirs: Any) -> dict[str, float]:
     return {"temp_bytes": own, "whole_logits_temp_bytes": other, "temp_ratio": round(own / other, 4)}
 
 
-def head(name: str, shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
+def heads(name: str, shape: Shape, dtype: str) -> tuple[tuple[Any, Any], list[Any]]:
+    """Both sides' hidden states and heads, and the compiled programs: in blocks, and of whole logits."""
     mix, whole = MIXES[name]
     rng = np.random.default_rng(0)
 
@@ -110,7 +111,11 @@ def head(name: str, shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
         logits, wanted = (jnp.matmul(*side, preferred_element_type=jnp.float32) for side in (student, teacher))
         return jnp.sum(weights * whole(logits, wanted, labels))
 
-    programs = [jax.jit(jax.value_and_grad(f)).lower(student, teacher).compile() for f in (in_blocks, at_once)]
+    return (student, teacher), [jax.jit(jax.value_and_grad(f)).lower(student, teacher).compile() for f in (in_blocks, at_once)]
+
+
+def head(name: str, shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
+    (student, teacher), programs = heads(name, shape, dtype)
     (value, gradient), (plain_value, plain_gradient) = (program(student, teacher) for program in programs)
     both = zip(gradient, plain_gradient, strict=True)
     error = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in both)
@@ -170,11 +175,16 @@ def stepping(recipe: jkd.Recipe, shape: Shape, dtype: str) -> tuple[Any, Callabl
     return program, call
 
 
-def step(name: str, shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
+def steps(name: str, shape: Shape, dtype: str) -> tuple[Any, ...]:
+    """The compiled steps, with the recipe as it is and with whole logits, and calls that do the next one of each."""
     divergence, whole = RECIPES[name]
     mixed = dict(divergence=divergence, weight=0.9, task_weight=0.1)
     both = recipes.TokenKD(**mixed), AtOnce(**mixed, whole=whole)
-    programs, calls = zip(*(stepping(recipe, shape, dtype) for recipe in both), strict=True)
+    return tuple(zip(*(stepping(recipe, shape, dtype) for recipe in both), strict=True))
+
+
+def step(name: str, shape: Shape, rounds: int, dtype: str) -> dict[str, Any]:
+    programs, calls = steps(name, shape, dtype)
     return {"step": name, **paired(*calls, rounds), **memory(*programs)}
 
 
