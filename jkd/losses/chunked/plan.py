@@ -1,7 +1,8 @@
 """Which schedule, and how large its blocks: a cost model of a few lines, overridden by ``schedule=``.
 
-A block holds a sixteenth of the logits, so all of its buffers together are a small part of one array of whole logits; within that,
-blocks are as large as a matrix product needs to run at full speed. The cost of a schedule is
+A block holds a sixteenth of the logits, so all of its buffers together are a small part of one array of whole logits, or as many as
+the head's gradient takes room, which is there anyway; within that, blocks are as large as a matrix product needs to run at full
+speed. The cost of a schedule is
 
     multiply-adds + balance * bytes that sums over blocks move (read and written, and so is what is added),
 
@@ -71,7 +72,8 @@ def choose(problem: Problem, *, weighted: bool) -> Schedule:
     """
     device = machine(problem.mesh)
     tokens, columns = problem.tokens // problem.shards, problem.student.kernel.shape[-1] // problem.lanes
-    rows = min(max(-(-tokens // BLOCKS), min(device.fewest, -(-tokens // 4))), device.most)
+    anyway = problem.student.hidden.shape[1] // len(problem.sides)
+    rows = min(max(-(-tokens // BLOCKS), min(max(device.fewest, anyway), -(-tokens // 2))), device.most)
     by_tokens = Tokens(rows, None if device.tile is None else max(1, device.tile // (rows * problem.shards)))
     if any(isinstance(part, Each) for part in problem.parts):
         return by_tokens
