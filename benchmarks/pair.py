@@ -16,9 +16,14 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 from jkd.bench.pairs import Ratio, Times, alternate
+
+PAUSE = 0.4
+"""Seconds before a step: threads of numerical libraries wait for their next piece of work busily for about a fifth of a second (OpenMP
+does), which the other program would have to share the cores with."""
 
 
 class Worker:
@@ -43,6 +48,7 @@ class Worker:
 
     def __call__(self) -> float:
         """One step; the seconds that the worker says it took."""
+        time.sleep(PAUSE)
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
