@@ -263,7 +263,9 @@ def _ragged_dot(eqn: Any) -> float:
 def _convolution(eqn: Any) -> float:
     kernel = eqn.invars[1].aval.shape
     out = eqn.params["dimension_numbers"].rhs_spec[0]  # its other axes, space and channels of a group, are summed over
-    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[out] / eqn.params["batch_group_count"]
+    # zeros that dilation puts between the rows of the input (the gradient of a stride) are not multiplied
+    between = eqn.params["batch_group_count"] * math.prod(eqn.params["lhs_dilation"])
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[out] / between
 
 
 def _attention(eqn: Any) -> float:

@@ -101,6 +101,21 @@ def test_convolutions_against_xla(groups, strides):
     assert flops.of_program(f, x, w) == pytest.approx(jax.jit(f).lower(x, w).cost_analysis()["flops"], rel=0.05)
 
 
+@pytest.mark.parametrize("stride", [2, 3])
+def test_the_gradient_of_a_stride_does_not_multiply_the_zeros_between(stride):
+    """Without padding, and sides that the stride divides: every product of the forward pass comes three times."""
+
+    def f(x, w):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, (stride, stride), "VALID", dimension_numbers=dims)
+
+    x, w = jnp.ones((2, 12, 12, 8)), jnp.ones((stride, stride, 8, 16))
+    whole = jax.jit(lambda x, w: jax.vjp(f, x, w)[1](f(x, w)))
+    ours = flops.of_program(whole, x, w)
+    assert ours == pytest.approx(3 * flops.of_program(f, x, w), rel=0.05)
+    assert ours == pytest.approx(whole.lower(x, w).compile().cost_analysis()["flops"], rel=0.05)
+
+
 def test_a_step_without_scans_against_xla():
     """So large that products are nearly all the work."""
     ctx = kd(512, student=network(width=512, classes=200), teacher=weights(network(width=1024, classes=200)))
