@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gc
 import platform
 import resource
 import time
@@ -142,24 +143,36 @@ def paired(first: Workload, second: Workload, *, rounds: int = 20) -> dict[str, 
 
 
 def sweep(name: str, run: Run, *, steps: int = 5) -> Iterator[dict[str, Any]]:
-    """One row for each number of microbatches and choice of rematerialisation: seconds, bytes; or why it does not go."""
-    for count in (1, 2, 4, 8):
-        if run.batch_size % count:
-            continue
-        for remat in (None, jax.checkpoint_policies.nothing_saveable):
-            row: dict[str, Any] = {"microbatches": count, "remat": "" if remat is None else "nothing_saveable"}
-            try:
-                work = Workload(name, dataclasses.replace(run, microbatches=count, remat=remat))
-                (seconds,) = alternate([work], steps)
-                memory = _memory(work)
-                row |= {"median": Times.of(seconds).median, "temporaries": memory["temporaries"], "aliased": memory["aliased"]}
-            except InputError as error:
-                row |= {"refused": str(error)}
-            except Exception as error:
-                if not devices.out_of_memory(error):
-                    raise
-                row |= {"refused": f"out of memory {devices.asked_for(error)}".rstrip()}
+    """One row for each number of microbatches and choice of rematerialisation: seconds, bytes; or why it does not go.
+
+    The run's own choices come first (``own``); no two rows' arrays are ever held together.
+    """
+    counts = [run.microbatches, *(count for count in (1, 2, 4, 8) if count != run.microbatches and run.batch_size % count == 0)]
+    policies = [run.remat, *(policy for policy in (None, jax.checkpoint_policies.nothing_saveable) if policy is not run.remat)]
+    for count in counts:
+        for remat in policies:
+            row = {
+                "microbatches": count,
+                "remat": "" if remat is None else getattr(remat, "__name__", str(remat)),
+                "own": count == run.microbatches and remat is run.remat,
+            }
+            row |= _swept(name, dataclasses.replace(run, microbatches=count, remat=remat), steps)
+            gc.collect()  # a program and its arrays may refer to each other
             yield row
+
+
+def _swept(name: str, run: Run, steps: int) -> dict[str, Any]:
+    try:
+        work = Workload(name, run)
+        (seconds,) = alternate([work], steps)
+        memory = _memory(work)
+    except InputError as error:
+        return {"refused": str(error)}
+    except Exception as error:
+        if not devices.out_of_memory(error):
+            raise
+        return {"refused": f"out of memory {devices.asked_for(error)}".rstrip()}
+    return {"median": Times.of(seconds).median, "temporaries": memory["temporaries"], "aliased": memory["aliased"]}
 
 
 def about(work: Workload) -> dict[str, Any]:

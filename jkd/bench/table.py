@@ -72,8 +72,8 @@ def pair(found: dict[str, Any]) -> str:
 
 
 def swept(row: dict[str, Any]) -> str:
-    """A line of `jkd.bench.measure.sweep`."""
-    name = f"  microbatches {row['microbatches']}, remat {row['remat'] or 'none':<17}"
+    """A line of `jkd.bench.measure.sweep`; a star marks what the run says itself."""
+    name = f"{'*' if row['own'] else ' '} microbatches {row['microbatches']}, remat {row['remat'] or 'none':<17}"
     if "refused" in row:
         return f"{name} refused: {row['refused']}"
     return f"{name} {_ms(row['median']):>11}  temporaries {_mib(row['temporaries'])}  aliased {_mib(row['aliased'])}"
