@@ -12,6 +12,7 @@ computes twice counts once: it is the numerator of MFU. `of_program` of the whol
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -24,9 +25,10 @@ from jax.interpreters import partial_eval
 from jkd import trees
 from jkd.context import Context
 from jkd.networks import models_at, seen, step_key
+from jkd.prepare import make_prepare
 from jkd.recipe import Update
 from jkd.state import Frozen, State, step_shapes, trainable
-from jkd.step import objective
+from jkd.step import make_step, objective
 from jkd.types import Batch, Tree
 
 _MOVES, _STUDENT, _TEACHER = 1, 2, 4
@@ -69,8 +71,8 @@ class Work:
 def of_step(ctx: Context, *, mean: bool = True) -> Work:
     """The work of one step of a run over its global batch, nothing repeated.
 
-    Generation and other work of `Recipe.prepare` is a program of its own and not in it. An update whose `when` waits for the
-    memory counts as if it ran at every step.
+    Generation and other work of `Recipe.prepare` is a program of its own and not in it (`of_prepare`). An update whose `when` waits
+    for the memory counts as if it ran at every step.
 
     Args:
         mean: of all steps: an update with ``every=n`` counts 1/n. Else the work of a step in which every update runs.
@@ -89,6 +91,44 @@ def of_step(ctx: Context, *, mean: bool = True) -> Work:
         wanted = [place == 0 for place, part in enumerate(shapes) for _ in jax.tree.leaves(part)]
         work += _count(jaxpr, jax.tree.leaves(_marks(ctx, update, *arguments)), wanted) * (1 / update.every if mean else 1)
     return work
+
+
+def of_prepare(ctx: Context) -> Work:
+    """The work of `Recipe.prepare` on one global batch, forward passes all; nothing where the recipe prepares nothing.
+
+    Generation counts as if every row said as many tokens as it may.
+    """
+    prepare = make_prepare(ctx)
+    if prepare is None:
+        return Work()
+    state, frozen, _ = step_shapes(ctx)
+    jaxpr = jax.make_jaxpr(prepare[0])(state, frozen, ctx.raw_batch, jax.ShapeDtypeStruct((), jnp.int32))
+    marks = [*jax.tree.leaves(_marks(ctx, Update(groups=()), state, frozen, ctx.raw_batch)), 0]
+    return _count(jaxpr, marks, [False] * len(jaxpr.out_avals))
+
+
+def phases(ctx: Context) -> list[tuple[Context, float]]:
+    """The run as it is in a step in which some of its updates run, for each such choice, and the share of steps that are so.
+
+    What is measured of each, times its share, sums to the mean of all steps. A ``when`` counts as if it always held.
+    """
+    period = math.lcm(*(update.every for update in ctx.updates))
+    if period == 1:
+        return [(ctx, 1.0)]
+    every = (tuple(place for place, update in enumerate(ctx.updates) if step % update.every == 0) for step in range(period))
+    found = []
+    for running, count in collections.Counter(every).items():
+        only = dataclasses.replace(ctx)
+        updates = tuple(dataclasses.replace(ctx.updates[place], every=1) for place in running)
+        vars(only).update(updates=updates, groups=ctx.groups)  # in place of what it would read from the recipe
+        found.append((only, count / period))
+    return found
+
+
+def executed(ctx: Context) -> float:
+    """All that a step and `Recipe.prepare` execute, what they compute twice twice: the mean of all steps."""
+    total = sum(of_program(make_step(only), *step_shapes(only)) * share for only, share in phases(ctx))
+    return total + of_prepare(ctx).total
 
 
 def _marks(ctx: Context, update: Update, state: State, frozen: Frozen, batch: Batch) -> tuple[State, Frozen, Batch]:
@@ -201,15 +241,28 @@ def _inner(eqn: Any, given: list[int]) -> _Inner | None:
         carried = sum(inner.aval.shape == outer.aval.shape for inner, outer in zip(body.outvars, eqn.outvars, strict=True))
         whole = sum(inner.aval.shape == outer.aval.shape for inner, outer in zip(body.invars, eqn.invars, strict=True))
         return _loop(body, given, slice(whole - carried, whole), params["length"])
-    if name == "while":  # one turn: how many there will be is not known
+    if name == "while":
         given = given[params["cond_nconsts"] :]
-        return _loop(_open(params["body_jaxpr"]), given, slice(params["body_nconsts"], len(given)), 1)
+        turns = _turns(_open(params["cond_jaxpr"]))
+        return _loop(_open(params["body_jaxpr"]), given, slice(params["body_nconsts"], len(given)), turns)
     if name == "cond":
         return _Inner([(_open(branch), given[1:]) for branch in params["branches"]])
     inner = next((_open(params[key]) for key in ("jaxpr", "call_jaxpr") if key in params), None)
     if inner is None or len(inner.invars) != len(given):
         return None
     return _Inner([(inner, given)], _copies(name, params))
+
+
+def _turns(condition: Any) -> int:
+    """The one number that a while loop's counter stays below, so many turns at most from 0 on; 1 where there is no such number."""
+    limits = [
+        int(eqn.invars[1].val)
+        for eqn in condition.eqns
+        if eqn.primitive.name == "lt"
+        and hasattr(eqn.invars[1], "val")
+        and jnp.issubdtype(eqn.invars[1].aval.dtype, jnp.integer)
+    ]
+    return limits[0] if len(limits) == 1 else 1
 
 
 def _loop(body: Any, given: list[int], carried: slice, turns: int) -> _Inner:

@@ -79,6 +79,26 @@ def test_an_update_of_every_third_step_counts_a_third_of_what_it_is_when_it_runs
     assert flops.of_step(ctx).total == pytest.approx(once * 4 / 3)
     assert flops.of_step(ctx, mean=False).total == 2 * once
     assert flops.of_program(make_step(ctx), *step_shapes(ctx)) == 2 * once  # nothing is computed again
+    assert flops.executed(ctx) == pytest.approx(once * 4 / 3)
+
+
+def test_rollouts_count_apart_and_every_turn_of_them():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Rolled(recipes.KD):
+        def prepare(self, models, batch, key):
+            def say(carry):
+                turn, total = carry
+                return turn + 1, total + models.student(batch, train=False)[0].logits.sum()
+
+            total = jax.lax.while_loop(lambda carry: carry[0] < 3, say, (0, jnp.float32(0)))[1]
+            return batch | {"teacher": models.teacher(batch), "weight": batch["weight"] + 0 * total}
+
+    plain, ctx = flops.of_step(kd()), kd(recipe=Rolled())
+    prepared = flops.of_prepare(ctx)
+    assert flops.of_prepare(kd()) == flops.Work()
+    assert prepared == flops.Work(teacher=plain.teacher, student_forward=3 * plain.student_forward)
+    assert flops.of_step(ctx).total == plain.student  # the teacher's answer comes with the batch
+    assert flops.executed(ctx) == prepared.total + plain.student
 
 
 def test_stopped_gradients_stop():
