@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import jax
 from jkd import configfile
 from jkd.bench import measure, table
 from jkd.bench.workload import Workload
-from jkd.config import Run
+from jkd.config import Experiment, Run
 from jkd.errors import InputError
 
 
@@ -26,6 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("give a CONFIG, or --ab A B")
     if arguments.steps < 1:
         raise InputError(f"--steps {arguments.steps}: give at least 1")
+    if arguments.json is not None:
+        _append(arguments.json, [])  # a file that cannot be written is told before anything is measured
     if arguments.ab is not None:
         if arguments.sweep or arguments.profile:
             raise InputError("--ab compares two runs: --sweep and --profile are for one CONFIG")
@@ -33,19 +37,29 @@ def run(arguments: argparse.Namespace) -> None:
         found = measure.paired(Workload(*first), Workload(*second), rounds=arguments.steps)
         _tell(table.pair(found), [found], arguments)
         return
-    for name, each in _runs(arguments.config, arguments.sets, arguments.run).items():
+    experiment = _experiment(arguments.config, arguments.sets)
+    runs = measure.runs_of(experiment, arguments.run)
+    for name, why in measure.skipped(experiment, runs).items() if arguments.run is None else ():
+        if not jax.process_index():
+            print(f"{name} is left out: {why}", flush=True)
+    for name, each in runs.items():
         if arguments.sweep:
             rows = []
             for row in measure.sweep(name, each):
                 rows.append({"run": name, **row})
                 _tell(table.swept(row) if len(rows) > 1 else f"{name}\n{table.swept(row)}", rows[-1:], arguments)
             continue
-        found = measure.measure(Workload(name, each), steps=arguments.steps, profile=arguments.profile)
+        found = measure.measure(Workload(name, each), steps=arguments.steps, profile=_profile(arguments.profile, name, runs))
         _tell(table.text(found), [found], arguments)
 
 
-def _runs(config: str, sets: list[str], only: str | None) -> dict[str, Run]:
-    return measure.runs_of(configfile.resolve(configfile.load(config), sets), only)
+def _experiment(config: str, sets: list[str]) -> Experiment:
+    return configfile.resolve(configfile.load(config), sets)
+
+
+def _profile(folder: str | None, name: str, runs: Mapping[str, Run]) -> str | None:
+    """A folder for each run where there are several: a viewer would show one of them."""
+    return folder if folder is None or len(runs) == 1 else os.path.join(folder, name)
 
 
 def _one(text: str, arguments: argparse.Namespace) -> tuple[str, Run]:
@@ -60,7 +74,7 @@ def _one(text: str, arguments: argparse.Namespace) -> tuple[str, Run]:
         raise InputError(f"--ab {text!r}: {error}") from None
     if more:
         raise InputError(f"--ab {text!r}: {more[0]} is no option here; --set NAME=VALUE and --run NAME are")
-    runs = _runs(own.config, [*arguments.sets, *own.sets], own.run)
+    runs = measure.runs_of(_experiment(own.config, [*arguments.sets, *own.sets]), own.run)
     return list(runs.items())[-1]
 
 
@@ -69,10 +83,12 @@ def _tell(text: str, lines: list[dict[str, Any]], arguments: argparse.Namespace)
         return
     print(text, flush=True)
     if arguments.json is not None:
-        try:
-            with open(arguments.json, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        except OSError as error:
-            raise InputError(
-                f"{arguments.json} cannot be written ({error.strerror or error}); --json FILE says where else"
-            ) from None
+        _append(arguments.json, lines)
+
+
+def _append(path: str, lines: list[dict[str, Any]]) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); --json FILE says where else") from None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import gc
+import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jkd import chips, devices, flops, hlo, provenance, teachers
 from jkd.bench import probe
 from jkd.bench.compiling import listening
 from jkd.bench.pairs import Ratio, Times, alternate
-from jkd.bench.workload import Workload, bytes_of, stages
+from jkd.bench.workload import Workload, stages
 from jkd.config import Experiment, Run
 from jkd.context import Context
 from jkd.errors import InputError, nearest
@@ -52,9 +53,20 @@ def runs_of(experiment: Experiment, only: str | None = None) -> dict[str, Run]:
     if only is None:
         return found
     if only not in found:
-        why = "its teacher is made by a function" if only in experiment.nodes else f"there is no such run{nearest(only, found)}"
+        why = skipped(experiment, found).get(only, f"there is no such run{nearest(only, found)}")
         raise InputError(f"--run {only}: {why}")
     return {only: found[only]}
+
+
+def skipped(experiment: Experiment, runs: Mapping[str, Run]) -> dict[str, str]:
+    """Why each node that is not among these runs cannot be timed."""
+    return {
+        name: "its teacher is made by a function"
+        if isinstance(node, Run)
+        else "it is a function of earlier nodes, and what it gives is known once they have run"
+        for name, node in experiment.nodes.items()
+        if name not in runs
+    }
 
 
 def measure(work: Workload, *, steps: int = 20, profile: str | None = None) -> Measurement:
@@ -73,31 +85,25 @@ def measure(work: Workload, *, steps: int = 20, profile: str | None = None) -> M
 
 def _measure(work: Workload, steps: int, profile: str | None) -> Measurement:
     ctx, run = work.ctx, work.ctx.run
-    operations = flops.of_step(ctx)
-    parts = stages(work)
-    if not operations.teacher:  # whatever the forward pass hands on of it, no loss reads it: the step does not run it
-        parts.pop("teacher_forward", None)
-    order: list[Callable[[], float]] = [*(lambda part=part: _timed(part) for part in parts.values()), work]
-    *partial, whole = alternate(order, steps)
-    times = Times.of(whole)
-    before = {name: Times.of(seconds).median for name, seconds in zip(parts, partial, strict=True)} | {"update": times.median}
-    split, earlier = dict.fromkeys(("augment", "teacher_forward", "student_forward_backward", "update"), 0.0), 0.0
-    for name, seconds in before.items():
-        split[name], earlier = max(0.0, seconds - earlier), max(earlier, seconds)
+    work()
+    peak = _peak(work)  # before anything runs that training does not
+    operations, prepared = flops.of_step(ctx), flops.of_prepare(ctx)
+    times, split = _timed(work, operations.teacher > 0, steps)
     loop, waited = (None, None) if work.made_up else work.loop(steps)
     if profile is not None:
         with jax.profiler.trace(profile):
             for _ in range(5):
                 work()
-    executed = flops.of_program(make_step(ctx), *step_shapes(ctx))
+    executed = flops.executed(ctx)
     shards = ctx.mesh.size
     peaks = _peaks(ctx)
-    useful = operations.teacher + operations.student
+    useful = operations.teacher + operations.student + prepared.teacher + prepared.student
     memory = _memory(work)
     terms = {
-        "flops": operations.total / (shards * (peaks["datasheet_flops_per_s"] or peaks["probed_flops_per_s"])),
-        "bytes": (memory["arguments"] + memory["outputs"] - memory["aliased"] + 2 * memory["temporaries"])
-        / (peaks["datasheet_bytes_per_s"] or peaks["probed_bytes_per_s"]),
+        "flops": _quotient(
+            operations.total + prepared.total, shards, peaks["datasheet_flops_per_s"] or peaks["probed_flops_per_s"]
+        ),
+        "bytes": _quotient(_bytes(work), 1, peaks["datasheet_bytes_per_s"] or peaks["probed_bytes_per_s"]),
         "cache": _cache_seconds(work),
     }
     binding = max(terms, key=lambda name: terms[name] or 0.0)
@@ -113,6 +119,7 @@ def _measure(work: Workload, steps: int, profile: str | None) -> Measurement:
             "teacher": operations.teacher,
             "student": operations.student,
             "other": operations.other,
+            "prepare": prepared.total,
             "executed": executed,
             "xla": _xla(work),
         },
@@ -121,7 +128,7 @@ def _measure(work: Workload, steps: int, profile: str | None) -> Measurement:
         "hfu": _utilisation(executed, times.median, shards, peaks),
         "bound": {"seconds": bound, "binding": binding, "terms": terms},
         "fraction_of_bound": bound / times.median if bound else None,
-        "memory": memory,
+        "memory": memory | peak | {"examples_by_classes": _logits(work)},
         "compile": {
             "trace": work.compiled.trace,
             "lower": work.compiled.lower,
@@ -199,10 +206,28 @@ def about(work: Workload) -> dict[str, Any]:
     }
 
 
-def _timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - start
+def _timed(work: Workload, teacher: bool, steps: int) -> tuple[Times, dict[str, float | None]]:
+    """Seconds of the whole step, and its parts by subtraction; None each where one call makes several steps.
+
+    Parts are called one by one: what a call costs would be in theirs, and is shared in the step's.
+    """
+    parts = stages(work) if work.most == 1 else {}
+    if not teacher:  # whatever the forward pass hands on of it, no loss reads it: the step does not run it
+        parts.pop("teacher_forward", None)
+    rounds = max(min(steps, 5), -(-steps // work.calls))
+    *partial, whole = alternate([*parts.values(), work], rounds)
+    times = Times.of(whole)
+    names = ("prepare", "augment", "teacher_forward", "student_forward_backward", "update")
+    if work.most > 1:
+        return times, dict.fromkeys(names)
+    medians = {name: Times.of(seconds).median for name, seconds in zip(parts, partial, strict=True)}
+    earlier = medians.pop("prepare", 0.0)
+    split: dict[str, float | None] = dict.fromkeys(names, 0.0)
+    split["prepare"] = earlier
+    medians = {name: earlier + seconds for name, seconds in medians.items()} | {"update": times.median}
+    for name, seconds in medians.items():
+        split[name], earlier = max(0.0, seconds - earlier), max(earlier, seconds)
+    return times, split
 
 
 def _peaks(ctx: Context) -> dict[str, Any]:
@@ -212,9 +237,23 @@ def _peaks(ctx: Context) -> dict[str, Any]:
     return {
         "datasheet_flops_per_s": None if chip is None else chip.peak(ctx.run.compute_dtype),
         "datasheet_bytes_per_s": None if chip is None else chip.memory_bandwidth,
-        "probed_flops_per_s": probe.flops_per_s(device, ctx.run.compute_dtype),
-        "probed_bytes_per_s": probe.bytes_per_s(device),
+        "probed_flops_per_s": _probed(lambda: probe.flops_per_s(device, ctx.run.compute_dtype)),
+        "probed_bytes_per_s": _probed(lambda: probe.bytes_per_s(device)),
     }
+
+
+def _probed(probe: Callable[[], float]) -> float | None:
+    """None where the run has left it no room."""
+    try:
+        return probe()
+    except Exception as error:
+        if not devices.out_of_memory(error):
+            raise
+        return None
+
+
+def _quotient(amount: float, count: int, rate: float | None) -> float | None:
+    return None if rate is None else amount / (count * rate)
 
 
 def _utilisation(operations: float, seconds: float, count: int, peaks: dict[str, Any]) -> dict[str, float | None]:
@@ -230,46 +269,72 @@ def _xla(work: Workload) -> float | None:
     return float(cost["flops"]) if cost and "flops" in cost else None
 
 
-def _memory(work: Workload) -> dict[str, Any]:
-    """Bytes of one device: what the compiler says of the step, what was in use at most, and what holds logits of a whole batch."""
+def _memory(work: Workload) -> dict[str, int]:
+    """Bytes of one device, as the compiler says of the program of a call."""
     found = work.compiled.program.memory_analysis()
-    stats = work.ctx.mesh.devices.flat[0].memory_stats() or {}
-    here = "peak_bytes_in_use" in stats
     return {
         "arguments": found.argument_size_in_bytes,
         "outputs": found.output_size_in_bytes,
         "aliased": found.alias_size_in_bytes,
         "temporaries": found.temp_size_in_bytes,
-        "peak": stats["peak_bytes_in_use"] if here else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_of": "device" if here else "process",
-        "examples_by_classes": _logits(work),
     }
 
 
+def _peak(work: Workload) -> dict[str, Any]:
+    """Bytes that were in use at most since the process began."""
+    stats = work.ctx.mesh.devices.flat[0].memory_stats() or {}
+    here = "peak_bytes_in_use" in stats
+    return {
+        "peak": stats["peak_bytes_in_use"] if here else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_of": "device" if here else "process",
+    }
+
+
+def _bytes(work: Workload) -> int:
+    """What one step moves at least if no array stays in a cache: each argument and output once, a temporary twice."""
+    program = work.compiled.program
+    if work.most > 1:  # the program of a call has several batches, and reads the state for each of them
+        program = make_step(work.ctx).lower(*step_shapes(work.ctx)).compile()  # type: ignore[attr-defined]  # a jitted function
+    found = program.memory_analysis()
+    return found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + 2 * found.temp_size_in_bytes
+
+
 def _logits(work: Workload) -> list[dict[str, Any]]:
-    """The largest buffers with an axis of the batch's examples (or tokens) and one of the classes (or vocabulary)."""
+    """The largest buffers of one row of classes (or of the vocabulary) for each of the batch's examples (or tokens)."""
     ctx = work.ctx
     if ctx.classes is None:
         return []
-    text, rows = work.compiled.program.as_text(), ctx.run.batch_size // (ctx.batch_shards * ctx.run.microbatches)
-    sizes = [rows] if "tokens" not in ctx.raw_batch else [rows, rows * ctx.raw_batch["tokens"].shape[-1]]
-    found = [buffer for size in sizes for buffer in hlo.holding(text, [size, ctx.classes])]
-    found.sort(key=lambda buffer: -buffer.bytes)
-    return [{"name": buffer.of or buffer.op, "array": str(buffer.array), "bytes": buffer.bytes} for buffer in found[:5]]
+    rows = ctx.run.batch_size // (ctx.batch_shards * ctx.run.microbatches)
+    time = ctx.raw_batch["tokens"].shape[-1] if "tokens" in ctx.raw_batch else 1
+
+    def holds(shape: Sequence[int]) -> bool:
+        before = [size for size in shape[:-1] if size > 1]
+        # the last token of a text has no next one
+        wanted = [[rows]] + [each for length in (time - 1, time) if length > 1 for each in ([rows, length], [rows * length])]
+        return shape[-1:] == (ctx.classes,) and before in wanted
+
+    every = hlo.distinct(hlo.buffers(work.compiled.program.as_text()))
+    found = [buffer for buffer in every if buffer.op != "parameter" and holds(buffer.array.shape)]
+    return [
+        {"name": (buffer.of or buffer.op).replace("\\", ""), "array": str(buffer.array), "bytes": buffer.bytes}
+        for buffer in found[:5]
+    ]
 
 
-def _cache_seconds(work: Workload, batches: int = 8) -> float | None:
+def _cache_seconds(work: Workload) -> float | None:
     """Bytes of cached answers in a batch over the rate at which this host reads them with nothing else to do; None without a cache."""
     run = work.ctx.run
     if work.made_up or getattr(run.data, "answers", None) is None or run.data is None:
         return None
     rows: Any = run.data.batches(run.batch_size, seed=run.seed, process=(jax.process_index(), jax.process_count()))
+    # Threads have batches ready: of what is timed, these must be few, and not at the start alone.
+    ready = (getattr(run.data, "threads", None) or min(16, os.cpu_count() or 1)) + 1
     try:
-        next(rows)
-        start = time.perf_counter()
-        for _ in range(batches):
+        for _ in range(2 * ready):
             next(rows)
-        rate = batches * bytes_of(work.ctx.raw_batch["teacher"]) / (time.perf_counter() - start)
+        start = time.perf_counter()
+        for _ in range(4 * ready):
+            next(rows)
+        return (time.perf_counter() - start) / (4 * ready)
     finally:
         rows.close()
-    return bytes_of(work.ctx.raw_batch["teacher"]) / rate

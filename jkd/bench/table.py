@@ -8,6 +8,7 @@ from typing import Any
 from jkd.bench.pairs import Ratio
 
 _PARTS = {
+    "prepare": "prepare (rollouts)",
     "augment": "augmentation",
     "teacher_forward": "teacher forward",
     "student_forward_backward": "student forward and backward",
@@ -34,7 +35,11 @@ def text(found: dict[str, Any]) -> str:
         rows.append(("tokens/s", f"{found['tokens_per_s']:,.0f}"))
     rows += [(f"  {_PARTS[name]}", _ms(seconds)) for name, seconds in found["split"].items() if seconds or name == "update"]
     rows += [
-        ("FLOPs of a step", f"teacher {operations['teacher']:.3e}, student {operations['student']:.3e}"),
+        (
+            "FLOPs of a step",
+            f"teacher {operations['teacher']:.3e}, student {operations['student']:.3e}"
+            + (f", prepare {operations['prepare']:.3e}" if operations["prepare"] else ""),
+        ),
         ("peak", f"{_tera(peaks['datasheet_flops_per_s'])} datasheet, {_tera(peaks['probed_flops_per_s'])} probed"),
         ("MFU", _shares(found["mfu"])),
         ("HFU", _shares(found["hfu"])),

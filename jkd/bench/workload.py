@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -15,10 +16,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jkd import calls, sharding
+from jkd import calls, flops, sharding
 from jkd.bench.compiling import listening
+from jkd.bench.pairs import Times, alternate
 from jkd.config import Run
 from jkd.context import Context
+from jkd.data.batch import check_batch
 from jkd.describe import context as context_of
 from jkd.errors import InputError
 from jkd.feed import Feed
@@ -94,13 +97,25 @@ class Workload:
             self.compiled = compile_step(self.ctx)
             self.state, self.frozen = init_state(self.ctx, jax.random.key(run.seed))
         self.most = run.steps_per_call
+        prepare = make_prepare(self.ctx)
+        self.prepare = None if prepare is None else prepare[0]
+        period = math.lcm(*(update.every for update in self.ctx.updates))
+        self.calls = period // math.gcd(period, self.most)
         self._batches, self.made_up = self._read()
         self._turn = 0
 
     @property
+    def raw_batch(self) -> Batch:
+        """One batch as the data gives it."""
+        return self._batches[0] if self.most == 1 else calls.last(self.ctx.run, self._batches[0], 1)
+
+    @property
     def batch(self) -> Batch:
         """One batch as the step sees it."""
-        return self._batches[0] if self.most == 1 else calls.last(self.ctx.run, self._batches[0], 1)
+        return self._prepared(self.raw_batch)
+
+    def _prepared(self, batch: Batch) -> Batch:
+        return batch if self.prepare is None else self.prepare(self.state, self.frozen, batch, jnp.int32(self._turn))
 
     @property
     def program_name(self) -> str:
@@ -109,51 +124,69 @@ class Workload:
 
     def _read(self) -> tuple[list[Batch], str]:
         """Batches, and why they are made up, if they are."""
-        ctx = self.ctx
+        run, mesh = self.ctx.run, self.ctx.mesh
         try:
-            feed = Feed(ctx, (jax.process_index(), jax.process_count()), 0, None)
+            assert run.data is not None
+            rows: Any = run.data.batches(run.batch_size, seed=run.seed, process=(jax.process_index(), jax.process_count()))
             try:
-                read = [feed.next(self.state, self.frozen, step * self.most, self.most) for step in range(BATCHES)]
+                read, why = [[next(rows) for _ in range(self.most)] for _ in range(BATCHES)], ""
             finally:
-                feed.close()
-            return read, ""
+                if hasattr(rows, "close"):
+                    rows.close()
+            for each in itertools.chain(*read):
+                check_batch(each, self.ctx.classes)
         except InputError as error:
-            why = str(error)
-        rows = [made_up(ctx, seed) for seed in range(BATCHES)]
+            read, why = [[made_up(self.ctx, seed)] * self.most for seed in range(BATCHES)], str(error)
         if self.most > 1:
-            return [sharding.put_batches([one] * self.most, ctx.mesh) for one in rows], why
-        prepare, batches = make_prepare(ctx), [sharding.put_batch(one, ctx.mesh) for one in rows]
-        if prepare is not None:
-            batches = [prepare[0](self.state, self.frozen, batch, jnp.int32(0)) for batch in batches]
-        return batches, why
+            return [sharding.put_batches(each, mesh) for each in read], why
+        return [sharding.put_batch(each[0], mesh) for each in read], why
 
-    def __call__(self, batch: Batch | None = None, *, block: bool = True) -> float:
-        """Calls the device once and waits for all it gives; answers the seconds for each step of the call."""
+    def __call__(self) -> float:
+        """Steps, as often as it takes until every update has had its turn, and waits each time; the mean seconds of a step."""
+        seconds = 0.0
+        for _ in range(self.calls):
+            start = time.perf_counter()
+            self.dispatch()
+            jax.block_until_ready((self.state, self.metrics))
+            seconds += time.perf_counter() - start
+        return seconds / (self.calls * self.most)
+
+    def dispatch(self, batch: Batch | None = None) -> None:
+        """Calls the device once and waits for nothing; without a batch on one that is at hand, which is prepared first."""
         if batch is None:
             self._turn += 1
-            batch = self._batches[self._turn % len(self._batches)]
+            batch = self._prepared(self._batches[self._turn % len(self._batches)])
         more = () if self.most == 1 else (jnp.int32(self.most),)
-        start = time.perf_counter()
         self.state, self.metrics = self.compiled.call(self.state, self.frozen, batch, *more)
-        if block:
-            jax.block_until_ready((self.state, self.metrics))
-        return (time.perf_counter() - start) / self.most
 
     def loop(self, count: int) -> tuple[float, float]:
-        """Seconds for each step, and those of them spent waiting for data, of ``count`` calls one after the other as in training."""
-        ctx, most = self.ctx, self.most
-        feed = Feed(ctx, (jax.process_index(), jax.process_count()), 0, None)
-        try:
-            for turn in range(2 + count):
-                if turn == 2:
-                    jax.block_until_ready(self.state)
-                    start, waited = time.perf_counter(), feed.waited
-                self(feed.next(self.state, self.frozen, turn * most, most), block=False)
-                feed.read_ahead(self.state, self.frozen, (turn + 1) * most, most)
+        """Seconds for each step of calls made as training makes them, and by how much batches at hand would be quicker (not below 0).
+
+        Args:
+            count: calls of each kind, in three rounds that take turns.
+        """
+        most, turn, length = self.most, 0, -(-count // 3)
+        feed = Feed(self.ctx, (jax.process_index(), jax.process_count()), 0, None)
+
+        def run(reads: bool) -> float:
+            nonlocal turn
+            start, before = time.perf_counter(), None
+            for _ in range(length):
+                self.dispatch(feed.next(self.state, self.frozen, turn * most, most) if reads else None)
+                if reads:
+                    turn += 1
+                    feed.read_ahead(self.state, self.frozen, turn * most, most)
+                jax.block_until_ready(before)  # training looks at a step's numbers while the next one runs
+                before = self.metrics
             jax.block_until_ready(self.state)
-            return (time.perf_counter() - start) / (count * most), (feed.waited - waited) / (count * most)
+            return (time.perf_counter() - start) / (length * most)
+
+        try:
+            at_hand, reading = alternate([lambda: run(False), lambda: run(True)], 3, drop=1)
         finally:
             feed.close()
+        seconds = Times.of(reading).median
+        return seconds, max(0.0, seconds - Times.of(at_hand).median)
 
 
 def with_weights(ctx: Context) -> Context:
@@ -185,10 +218,27 @@ def made_up(ctx: Context, seed: int) -> Batch:
     return jax.tree_util.tree_map_with_path(leaf, ctx.raw_batch)
 
 
-def stages(work: Workload) -> dict[str, Callable[[], Tree]]:
-    """Parts of the step as programs of their own, each with what comes before it: augmentation, teacher, gradients."""
-    ctx, batch = work.ctx, work.batch
+def stages(work: Workload) -> dict[str, Callable[[], float]]:
+    """Parts of the step as programs of their own; each answers its seconds, the mean of all steps.
 
+    ``prepare`` by itself; the others each with what comes before it: augmentation, teacher, gradients.
+    """
+    ctx, batch = work.ctx, work.batch
+    made: dict[str, list[tuple[Callable[..., Tree], float]]] = {}
+    for only, share in flops.phases(ctx):
+        for name, program in _programs(only).items():
+            made.setdefault(name, []).append((program, share))
+
+    def timed(programs: list[tuple[Callable[..., Tree], float]]) -> float:
+        return sum(share * _seconds(program, work.state, work.frozen, batch) for program, share in programs)
+
+    found: dict[str, Callable[[], float]] = {}
+    if work.prepare is not None:
+        found["prepare"] = lambda: _seconds(work.prepare, work.state, work.frozen, work.raw_batch, jnp.int32(0))
+    return found | {name: functools.partial(timed, programs) for name, programs in made.items()}
+
+
+def _programs(ctx: Context) -> dict[str, Callable[..., Tree]]:
     def views(state: State, frozen: Frozen, batch: Batch) -> Batch:
         return seen(ctx, batch, step_key(state))
 
@@ -211,13 +261,10 @@ def stages(work: Workload) -> dict[str, Callable[[], Tree]]:
     if ctx.teacher_outputs is not None:
         programs["teacher_forward"] = jax.jit(teacher)
     programs["student_forward_backward"] = make_gradients(ctx)
-
-    def run(program: Callable[..., Tree]) -> Tree:
-        return program(work.state, work.frozen, batch)
-
-    return {name: functools.partial(run, program) for name, program in programs.items()}
+    return programs
 
 
-def bytes_of(shapes: Tree) -> int:
-    """Of all leaves."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+def _seconds(program: Any, *arguments: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - start

@@ -1,7 +1,9 @@
 """What `jkd bench` measures: its JSON, one program for each run, numbers that follow from others. No test looks at a time."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
 
 import jkd
@@ -10,6 +12,7 @@ from jkd.bench import measure, table
 from jkd.bench.workload import Workload, made_up
 from jkd.cli import main
 from jkd.errors import InputError
+from jkd.recipe import Update
 
 NUMBER, MAYBE = (int, float), (int, float, type(None))
 SCHEMA = {
@@ -29,13 +32,14 @@ SCHEMA = {
     "examples_per_s": NUMBER,
     "tokens_per_s": MAYBE,
     "split": {
+        "prepare": NUMBER,
         "augment": NUMBER,
         "teacher_forward": NUMBER,
         "student_forward_backward": NUMBER,
         "update": NUMBER,
         "host_wait_for_data": MAYBE,
     },
-    "flops": {"teacher": NUMBER, "student": NUMBER, "other": NUMBER, "executed": NUMBER, "xla": MAYBE},
+    "flops": {"teacher": NUMBER, "student": NUMBER, "other": NUMBER, "prepare": NUMBER, "executed": NUMBER, "xla": MAYBE},
     "peaks": {
         "datasheet_flops_per_s": MAYBE,
         "datasheet_bytes_per_s": MAYBE,
@@ -70,6 +74,41 @@ EXPERIMENT = jkd.Experiment(
         student=models.mlp.Config(features=64, hidden=(8,), classes=10), teacher="teacher", recipe=recipes.KD(), **SHARED
     ),
 )
+
+
+CONFIG = """
+import jax
+from jkd import Experiment, Run, data, models, optim, recipes
+
+
+def config():
+    shared = dict(optimizer=optim.sgd(0.1), data=data.digits(), steps=9, batch_size=16)
+    student = models.mlp.Config(features=64, hidden=(8,), classes=10)
+    return Experiment(
+        teacher=Run(student=student, recipe=recipes.Supervised(), **shared),
+        made=lambda teacher: teacher,
+        student=Run(
+            student=student,
+            teacher="teacher",
+            recipe=recipes.KD(),
+            microbatches=2,
+            remat=jax.checkpoint_policies.everything_saveable,
+            **shared,
+        ),
+    )
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rolled(recipes.KD):
+    """The teacher's answers come from a program of their own, and every second step has a second update."""
+
+    @property
+    def updates(self):
+        return (Update(), Update(every=2, name="again"))
+
+    def prepare(self, models, batch, key):
+        return batch | {"teacher": models.teacher(batch)}
 
 
 def conforms(found, schema, where="$"):
@@ -132,6 +171,67 @@ def test_two_runs_in_turn(work):
     found = measure.paired(work, work, rounds=3)
     assert found["ratio"]["rounds"] == 3
     assert found["ratio"]["low"] <= found["ratio"]["median"] <= found["ratio"]["high"]
+
+
+def test_functions_are_left_out_and_the_runs_that_they_teach():
+    student = EXPERIMENT.nodes["student"]
+    mixed = jkd.Experiment(
+        **EXPERIMENT.nodes, made=lambda student: student, taught=dataclasses.replace(student, teacher="made")
+    )
+    runs = measure.runs_of(mixed)
+    assert list(runs) == ["teacher", "student"]
+    assert list(measure.skipped(mixed, runs)) == ["made", "taught"]
+    with pytest.raises(InputError, match="--run made: it is a function of earlier nodes"):
+        measure.runs_of(mixed, "made")
+
+
+@pytest.mark.slow
+def test_rollouts_and_updates_now_and_then():
+    """Times of a step are means over its period, with rollouts; parts and operations likewise."""
+    run = dataclasses.replace(measure.runs_of(EXPERIMENT, "student")["student"], recipe=Rolled())
+    work = Workload("student", run)
+    assert work.calls == 2
+    found = measure.measure(work, steps=4)
+    conforms(found, SCHEMA)
+    assert found["split"]["prepare"] > 0
+    teacher, student = 2 * 32 * (64 * 16 + 16 * 10), 2 * 32 * (2 * 64 * 8 + 3 * 8 * 10)
+    assert (found["flops"]["prepare"], found["flops"]["teacher"]) == (teacher, 0)
+    assert found["flops"]["student"] == 1.5 * student
+    assert found["flops"]["executed"] == teacher + 1.5 * student
+    assert found["mfu"] == found["hfu"]
+
+
+@pytest.mark.slow
+def test_the_command_line(tmp_path, capsys):
+    """A run's own choices in the sweep, traces apart, a pair, and a file of all that."""
+    config, lines, traces = tmp_path / "tiny.py", tmp_path / "found.jsonl", tmp_path / "traces"
+    config.write_text(CONFIG)
+    bench = ["bench", str(config), "--json", str(lines)]
+    held = sum(array.nbytes for array in jax.live_arrays())
+    assert main([*bench, "--run", "student", "--sweep"]) == 0
+    assert sum(array.nbytes for array in jax.live_arrays()) <= held  # no row's arrays stay
+    assert main([*bench, "--steps", "1", "--profile", str(traces)]) == 0
+    assert main(["bench", "--ab", str(config), f"{config} --run teacher", "--steps", "2", "--json", str(lines)]) == 0
+    told = capsys.readouterr().out
+    assert "made is left out: it is a function" in told
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [(row["microbatches"], row["remat"], row["own"]) for row in rows[:4]] == [
+        (2, "everything_saveable", True),
+        (2, "", False),
+        (2, "nothing_saveable", False),
+        (1, "everything_saveable", False),
+    ]
+    assert len(rows) == 4 * 3 + 2 + 1
+    assert "own" not in rows[-1]
+    assert rows[-1]["ratio"]["rounds"] == 2
+    assert {trace.relative_to(traces).parts[0] for trace in traces.rglob("*.xplane.pb")} == {"teacher", "student"}
+
+
+def test_a_file_that_cannot_be_written_is_told_first(tmp_path, capsys):
+    assert main(["bench", "digits", "--json", str(tmp_path / "none" / "found.jsonl")]) == 2
+    said = capsys.readouterr()
+    assert "cannot be written" in said.err
+    assert not said.out
 
 
 def test_a_run_that_is_not_there_is_named():
