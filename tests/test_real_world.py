@@ -75,7 +75,7 @@ def reloaded():
     again, rng = models.from_pretrained("out"), np.random.default_rng(0)
     asked = json.loads(Path("out/card.json").read_text())["program"]["inputs"].items()
     shapes = {name: [size if isinstance(size, int) else 2 for size in about["shape"]] for name, about in asked}
-    most = {"image": 256, "tokens": 48, "token_type": 2}
+    most = {"image": 256, "tokens": 32, "token_type": 2}
     inputs = {name: rng.integers(0, most.get(name, 2), shapes[name]).astype(about["dtype"]) for name, about in asked}
     inputs |= {name: np.ones_like(inputs[name]) for name in ("mask", "segment") if name in inputs}
     found = jax.jit(lambda weights: _said(again.apply(*weights, inputs)[0]))((again.params, again.buffers))
