@@ -33,7 +33,11 @@ def text(found: dict[str, Any]) -> str:
     ]
     if found["tokens_per_s"] is not None:
         rows.append(("tokens/s", f"{found['tokens_per_s']:,.0f}"))
-    rows += [(f"  {_PARTS[name]}", _ms(seconds)) for name, seconds in found["split"].items() if seconds or name == "update"]
+    rows += [
+        (f"  {_PARTS[name]}", _ms(seconds))
+        for name, seconds in found["split"].items()
+        if seconds or (name == "update" and seconds is not None)
+    ]
     rows += [
         (
             "FLOPs of a step",

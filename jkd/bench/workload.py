@@ -33,6 +33,8 @@ from jkd.types import Batch, Tree
 
 BATCHES = 2
 """Different batches that take turns while steps are timed."""
+PREPARED = 8
+"""Steps at least whose mean is one time, where a recipe prepares batches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Workload:
         self.prepare = None if prepare is None else prepare[0]
         period = math.lcm(*(update.every for update in self.ctx.updates))
         self.calls = period // math.gcd(period, self.most)
+        if self.prepare is not None:  # which may do its work at some steps only, by chance
+            self.calls *= -(-PREPARED // self.calls)
         self._batches, self.made_up = self._read()
         self._turn = 0
 
@@ -234,7 +238,13 @@ def stages(work: Workload) -> dict[str, Callable[[], float]]:
 
     found: dict[str, Callable[[], float]] = {}
     if work.prepare is not None:
-        found["prepare"] = lambda: _seconds(work.prepare, work.state, work.frozen, work.raw_batch, jnp.int32(0))
+        steps = itertools.count()
+
+        def prepare() -> float:
+            given = [(work.state, work.frozen, work.raw_batch, jnp.int32(next(steps))) for _ in range(work.calls)]
+            return sum(_seconds(work.prepare, *each) for each in given) / work.calls
+
+        found["prepare"] = prepare
     return found | {name: functools.partial(timed, programs) for name, programs in made.items()}
 
 
