@@ -4,7 +4,8 @@
 
 Minutes on two CPU cores, with nothing to download. `written` and `own` both begin where `student` ended and are taught for as many
 updates; of `own` half the batches are what the student says after 64 bytes of the data's text, judged by the teacher byte by byte
-(GKD). Not measured at full length yet: with 4 updates in each run it ends with its table, at 6.79 and 6.81 bits per byte.
+(GKD). Measured on a CPU, one seed, 6 minutes of processor time: from 2.65 bits per byte `written` comes to 2.61 and `own` to 2.63: on
+the data's text, which this is measured on, more of it teaches more than what a small student says.
 """
 
 from jkd import Experiment, Run, data, models, optim, recipes, schedules
