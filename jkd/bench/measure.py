@@ -127,7 +127,8 @@ def _measure(work: Workload, steps: int, profile: str | None) -> Measurement:
         "mfu": _utilisation(useful, times.median, shards, peaks),
         "hfu": _utilisation(executed, times.median, shards, peaks),
         "bound": {"seconds": bound, "binding": binding, "terms": terms},
-        "fraction_of_bound": bound / times.median if bound else None,
+        # blocked steps read no data
+        "fraction_of_bound": bound / (loop if binding == "cache" and loop else times.median) if bound else None,
         "memory": memory | peak | {"examples_by_classes": _logits(work)},
         "compile": {
             "trace": work.compiled.trace,
