@@ -1,4 +1,4 @@
-"""Every Python block of the README and of docs/ runs, in order, in one namespace per file; tests/test_docs.py has the rest."""
+"""Every Python block of the README and of docs/ runs, in order, in one namespace per file; tests/test_pages.py has the rest."""
 
 import importlib.util
 import json

@@ -3,7 +3,8 @@
     python benchmarks/pair.py "python benchmarks/kd_step.py vision jkd" "othervenv/bin/python benchmarks/peers/torch_kd_step.py"
 
 ResNet32x4 to ResNet8x4 with the shapes, the loss and the optimizer of benchmarks/kd_step.py. Threads: as many as the
-process's affinity allows, as for XLA (OMP_NUM_THREADS does not count). Images become float and are normalised within the step there, so here too.
+process's affinity allows, as for XLA (OMP_NUM_THREADS does not count). Images become float and are normalised within the step there,
+so here too.
 """
 
 from __future__ import annotations
