@@ -36,6 +36,11 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
+# Tracing makes millions of objects that live on: looking through all of them for cycles at Python's own pace costs a few per cent.
+gc.collect()
+gc.freeze()
+gc.set_threshold(20_000, 20, 50)
+
 MAPS = Path("/proc/self/maps")
 _TESTS = itertools.count(1)
 

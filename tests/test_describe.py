@@ -162,7 +162,7 @@ def test_mistakes_that_shapes_show_are_told():
 
 
 # their networks take long to trace, and test_configs traces them
-LARGE = ("cifar100_table", "imagenet_funmatch_resnet50", "vit_folder")
+LARGE = ("cifar100_resnet32x4_resnet8x4", "cifar100_table", "imagenet_funmatch_resnet50", "vit_folder")
 
 
 @pytest.mark.parametrize("name", sorted(set(configfile.names()) - set(LARGE)))

@@ -213,10 +213,3 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(tmp_
     lines = [json.loads(line) for line in (workdir / "student" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 15))
     np.testing.assert_array_equal(found.state.memory.rows[: len(visits(1))], visits(14))
-
-
-@pytest.mark.slow
-def test_twenty_kills_at_random_moments_lose_nothing():
-    command = [sys.executable, str(launch.HERE / "soak.py"), "--kills", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1300)
-    assert done.returncode == 0, done.stderr + done.stdout

@@ -126,4 +126,4 @@ def test_a_teacher_of_another_vocabulary_teaches_from_text(tmp_path):
     assert np.isfinite(found["bits_per_byte"])
     assert "agreement" not in found
     with pytest.raises(InputError, match="tokenizers of teacher_tokenizer .* and teacher .* differ"):
-        jkd.train(jkd.Run(teacher=dataclasses.replace(tiny.weights(own), tokenizer="b" * 64), **shared))
+        make_context(jkd.Run(teacher=dataclasses.replace(own, tokenizer="b" * 64), **shared))
