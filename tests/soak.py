@@ -56,6 +56,7 @@ def train(workdir: Path, full: bool = False) -> None:
     try:
         left = jkd.train(configfile.load(launch.CONFIG)(), workdir, listener=Say())
         state = jax.device_get(left.state)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)  # there is room for what is said at the end
         digest = jkd.trees.sha256({"params": state.params, "ema": state.ema, "seen": state.memory.rows})
         print("digest", digest, file=said)
         os._exit(0)
