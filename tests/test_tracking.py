@@ -225,6 +225,8 @@ def trainings(tmp_path_factory):
     """Of three: what was raised, what was told, the test's own tracker, and MLflow's word for how it ended."""
     folder, opened, found = tmp_path_factory.mktemp("tracked"), [], []
     installed = [name for name in ("mlflow", "wandb") if importlib.util.find_spec(name)]
+    if "wandb" in installed:  # it goes on with the folder that an earlier test of this process gave it
+        importlib.import_module("wandb").teardown()
 
     def opens(*told):
         opened.append(Down(*told))
