@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A real SLURM cluster of one node, on loopback: srun starts two processes, a job is preempted in mid-run, resumes, and ends with
-# the bits of a run that nobody touched. Installs Debian's slurm-wlm and munge where they are not there yet, so .ci/run calls it, not
-# pytest. JKD=… names the command, default .venv/bin/jkd; it needs root and takes about two minutes.
+# A real SLURM cluster of one node, on loopback: srun starts two processes; the job script of docs/pods.md is told in mid-run that its
+# time ends, and is preempted later, goes on after the step that it stopped at both times, and ends with the bits of a run that nobody
+# touched. Installs Debian's slurm-wlm and munge where they are not there yet, so .ci/run calls it, not
+# pytest. JKD=… names the command, default .venv/bin/jkd; it needs root and takes three to five minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 JKD=$(realpath -s "${JKD:-.venv/bin/jkd}")
@@ -61,7 +62,7 @@ SelectTypeParameters=CR_CPU
 ReturnToService=2
 # the name that jax.distributed finds the first process by
 NodeName=localhost NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
-PartitionName=all Nodes=localhost Default=YES MaxTime=10 State=UP OverSubscribe=NO
+PartitionName=all Nodes=localhost Default=YES MaxTime=120 State=UP OverSubscribe=NO
 CONF
 mkdir "$work/state" "$work/spool"
 trap clean EXIT
@@ -89,27 +90,36 @@ SECONDS=0
 timeout $LIMIT srun --ntasks=2 "${train[@]}" "$work/whole" &>"$work/whole.log" || fail "srun -n 2 jkd train"
 say "srun -n 2 jkd train configs/digits.py: finished in $SECONDS s"
 
-cat >"$work/job.sh" <<JOB
-#!/bin/bash
-srun --ntasks=2 ${train[*]@Q} '$work/preempted'
-JOB
+# the script of docs/pods.md, with this cluster's size and this training
+awk '/^#!\/bin\/bash/ { found = 1 } found && /^```/ { exit } found' docs/pods.md >"$work/page.sh"
+grep -q '^srun jkd train .* --workdir ' "$work/page.sh" || fail "docs/pods.md has no job script"
+COMMAND="srun ${train[*]@Q} '$work/preempted'" awk '/^#SBATCH --nodes/ { print "#SBATCH --ntasks=2 --time=100"; next }
+  /^srun jkd train / { print ENVIRON["COMMAND"]; next } { print }' "$work/page.sh" >"$work/job.sh"
 SECONDS=0
-job=$(sbatch --parsable --requeue --ntasks=2 --open-mode=append --output="$work/job.log" "$work/job.sh")
+job=$(sbatch --parsable --output="$work/job.log" "$work/job.sh")
 state() { scontrol --oneliner show job "$job" | grep -o "$1=[^ ]*" | cut -d= -f2; }
-training() { grep -q '"step": 50[,}]' "$work/preempted/student/metrics.jsonl" || [[ $(state JobState) == FAILED ]]; }
-until_true $LIMIT "step 50 of the job" training
-scontrol requeue "$job" || fail "scontrol requeue"
-say "job $job: preempted after $SECONDS s (scontrol requeue)"
-stopped() { grep -q '^jkd: stopped' "$work/job.log"; }
-until_true 40 "a checkpoint before the end" stopped
-at=$(grep -o '^jkd: stopped student at step [0-9]*' "$work/job.log" | tail -n 1 || true)
-step=${at##* }
-[[ -n $step ]] || fail "it did not say at which step of the student it stopped"
-say "$at"
 over() { [[ $(state JobState) == COMPLETED || $(state JobState) == FAILED ]]; }
+stopped() { grep -o '^jkd: stopped student at step [0-9]*' "$work/job.log"; }
+preempt() { # STEP TIMES HOW COMMAND…
+  local step=$1 times=$2 how=$3 at
+  shift 3
+  reached() { grep -q "\"step\": ${step}[,}]" "$work/preempted/student/metrics.jsonl" || over; }
+  until_true $LIMIT "step $step of the job" reached
+  "$@" "$job" || fail "$how"
+  say "job $job: told to stop after $SECONDS s ($how)"
+  saved() { (($(stopped | wc -l) == times)); }
+  until_true 60 "a checkpoint before the end" saved
+  at=$(stopped | tail -n 1)
+  say "$at"
+  resumed() { grep -q "student: goes on after step ${at##* }\$" "$work/job.log" || over; }
+  until_true $LIMIT "the second start" resumed
+  grep -q "student: goes on after step ${at##* }\$" "$work/job.log" || fail "it did not go on after step ${at##* }"
+  say "job $job: started again, goes on after step ${at##* }"
+}
+preempt 50 1 "what --signal sends ahead of the end of the time" scancel --signal=TERM
+preempt 150 2 "scontrol requeue" scontrol requeue
 until_true $LIMIT "the end of the job" over
-[[ $(state JobState) == COMPLETED && $(state Restarts) == 1 ]] || fail "the job: $(state JobState), $(state Restarts) restarts"
-grep -q "student: goes on after step $step\$" "$work/job.log" || fail "it did not go on after step $step"
-say "job $job: started again, went on after step $step, finished after $SECONDS s, $(state Restarts) restart"
+[[ $(state JobState) == COMPLETED && $(state Restarts) == 2 ]] || fail "the job: $(state JobState), $(state Restarts) restarts"
+say "job $job: finished after $SECONDS s, $(state Restarts) restarts"
 [[ $(sha "$work/preempted") == "$(sha "$work/whole")" ]] || fail "$(sha "$work/preempted") is not $(sha "$work/whole")"
 say "the same bits as the run that was never preempted: $(sha "$work/whole")"
