@@ -27,8 +27,9 @@ from jkd.config import Ensemble, Run
 from jkd.context import Context
 from jkd.errors import InputError
 from jkd.fingerprint import to_json
+from jkd.models.compose import Members
 from jkd.resolve import build
-from jkd.types import Array, Batch, Model, Outputs
+from jkd.types import Array, Batch, Model, Outputs, Preprocess
 
 _REPORT_S = 10.0
 
@@ -96,16 +97,22 @@ def ready(
 
 def fingerprint(model: Model) -> str:
     """A network by its name and a checksum of its weights, of what it does to its inputs, and of what it was built from: equal weights
-    under another position encoding or window give other answers. Rematerialisation does not count.
+    under another position encoding or window, or averaged in another way, give other answers. Rematerialisation does not count.
 
     Leaf after leaf, so that sharded weights are never whole in one place.
     """
     parts = [f"{path} {trees.sha256({'': sharding.whole(leaf)})}" for path, leaf in _leaves(model)]
-    built = model.config
-    if dataclasses.is_dataclass(built) and not isinstance(built, type) and hasattr(built, "remat"):
-        built = dataclasses.replace(built, remat=None)
-    parts.append(json.dumps(to_json([built, model.preprocess]), sort_keys=True))
+    parts.append(json.dumps(to_json(_built(model.config, model.preprocess)), sort_keys=True))
     return f"{model.name} {manifest.digest(chr(10).join(parts))}"
+
+
+def _built(config: Any, preprocess: Preprocess | None) -> list[Any]:
+    """What a network's answers depend on beside its weights; an ensemble's are its members'."""
+    if isinstance(config, Members):
+        config = [config.mean, *(_built(*member) for member in config.built)]
+    elif dataclasses.is_dataclass(config) and not isinstance(config, type) and hasattr(config, "remat"):
+        config = dataclasses.replace(config, remat=None)
+    return [config, preprocess]
 
 
 def fill(

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jkd.data.tokenizer import check_same
 from jkd.errors import InputError
 from jkd.models.adapt import own_taps
-from jkd.types import Model, Outputs
+from jkd.types import Model, Outputs, Preprocess
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """The ``config`` of an ensemble: what its answers depend on beside its weights.
+
+    Args:
+        mean: what is averaged.
+        built: of each member, what it was built from and what it does to its images.
+    """
+
+    mean: str | None
+    built: tuple[tuple[Any, Preprocess | None], ...]
 
 
 def ensemble(models: Sequence[Model], *, mean: Literal["probabilities", "logits"] | None = "probabilities") -> Model:
@@ -19,15 +34,15 @@ def ensemble(models: Sequence[Model], *, mean: Literal["probabilities", "logits"
     ``logits`` ``[..., classes]`` are the logarithm of the mean of the members' probabilities, in float32, or the mean of
     their logits; without a mean there are none, and members may know other classes. ``heads["1"]`` are the logits of member 1,
     ``heads["1/name"]`` a head of it. ``params`` and ``buffers`` are the members', under ``"0"``, ``"1"``, …; member 1's taps and
-    parts are ``1/path``. Each member applies its own ``preprocess``.
+    parts are ``1/path``. Each member applies its own ``preprocess``. The tokenizer is that of all members that know theirs.
 
     Args:
         models: the members.
         mean: what is averaged; None for nothing.
 
     Raises:
-        InputError: no members, another ``mean``, a path that does not begin with a member's number, other numbers of classes
-            where there is a mean.
+        InputError: no members, another ``mean``, a path that does not begin with a member's number, other numbers of classes or
+            other tokenizers where there is a mean.
     """
     if not models:
         raise InputError("ensemble(models=[]): give at least one model")
@@ -35,6 +50,9 @@ def ensemble(models: Sequence[Model], *, mean: Literal["probabilities", "logits"
         raise InputError(f"ensemble(mean={mean!r}): choose 'probabilities', 'logits' or None")
     members = {str(number): model for number, model in enumerate(models)}
     title = f"ensemble of {len(members)}"
+    known = {f"member {name}": model.tokenizer for name, model in members.items() if model.tokenizer is not None}
+    if mean is not None:
+        check_same(**known)
 
     def init(key):
         made = {name: model.init(jax.random.fold_in(key, int(name))) for name, model in members.items()}
@@ -86,6 +104,8 @@ def ensemble(models: Sequence[Model], *, mean: Literal["probabilities", "logits"
         paths=lambda batch: {f"{name}/{path}": s for name, model in members.items() for path, s in model.paths(batch).items()},
         submodule=submodule,
         couples_batch=any(model.couples_batch for model in members.values()),
+        config=Members(mean, tuple((model.config, model.preprocess) for model in models)),
+        tokenizer=next(iter(known.values())) if len(set(known.values())) == 1 else None,
         name=title,
     )
 

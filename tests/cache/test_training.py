@@ -246,6 +246,7 @@ def other(model):
         (dict(fingerprint="Qwen3-4B"), 'has teacher "teacher .*", not "Qwen3-4B"'),
         (dict(teacher=tiny.teacher(), fingerprint="Qwen3-4B"), 'has teacher "teacher .*", not "Qwen3-4B"'),
         (dict(codec=cache.Dense(classes=tiny.CLASSES)), "has codec .*float32.*, not .*float16"),
+        (dict(teacher=jkd.Ensemble((tiny.teacher(),))), 'has teacher "teacher .*", not "ensemble of 1 '),
         (dict(teacher=tiny.network()), "Cache.teacher: tiny holds no weights"),
         (
             dict(data=data.arrays(image=tiny.batch(40, seed=9)["image"])),
@@ -321,6 +322,24 @@ def test_what_a_network_is_built_from_is_part_of_its_fingerprint():
     assert said(remat=None) == said() == said(remat=jax.checkpoint_policies.everything_saveable)
     image = dataclasses.replace(tiny.teacher(), preprocess=Preprocess(mean=(0.5,)))
     assert filling.fingerprint(image) != filling.fingerprint(tiny.teacher())
+
+    def together(*members, mean="probabilities"):
+        return filling.fingerprint(jkd.models.ensemble(members, mean=mean))
+
+    plain, other = (dataclasses.replace(config, window=window).build().with_weights(weights, {}) for window in (None, 4))
+    lean = dataclasses.replace(config, remat=None).build().with_weights(weights, {})
+    prints = [
+        together(plain, plain),
+        together(plain, other),
+        together(other, plain),
+        together(plain, plain, mean="logits"),
+        together(tiny.teacher(), plain, mean=None),
+        together(image, plain, mean=None),
+        together(jkd.models.ensemble([plain, other]), plain),
+        together(jkd.models.ensemble([plain, plain]), plain),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert together(plain, lean) == prints[0]
 
 
 def test_a_tap_that_is_not_kept_is_told_before_anything_is_read(tmp_path):

@@ -1,5 +1,7 @@
 """Ensembles, and answers that come with the batch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,17 @@ def test_members_are_made_and_draw_apart():
     same = {"0": params["0"], "1": params["0"]}
     outputs, _ = model.apply(same, buffers, BATCH, taps=taps, train=True, key=jax.random.key(0))
     assert not np.array_equal(*(outputs.taps[path] for path in taps))
+
+
+def test_members_read_one_vocabulary(members):
+    def of(*tokenizers, mean="probabilities"):
+        told = [dataclasses.replace(model, tokenizer=one) for model, one in zip(members, tokenizers, strict=True)]
+        return models.ensemble(told, mean=mean).tokenizer
+
+    assert of("bytes", "bytes") == of("bytes", None) == "bytes"
+    assert of(None, None) is of("bytes", "words", mean=None) is None
+    with pytest.raises(InputError, match=r"tokenizers of member 0 \(bytes\) and member 1 \(words\) differ"):
+        of("bytes", "words")
 
 
 def test_buffers_of_every_member():
