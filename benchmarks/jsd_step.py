@@ -9,12 +9,11 @@ respect to the student's hidden states and head. `--tiny` tries whether it runs.
 from __future__ import annotations
 
 import argparse
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pair import serve
+from pair import blocked, serve
 
 from jkd.losses import chunked
 
@@ -36,13 +35,7 @@ def main() -> None:
     def gradient(mine, theirs):
         return jax.value_and_grad(lambda mine: chunked.weighted_sum(chunked.JS(0.5), *mine, *theirs, weights=weights))(mine)
 
-    def step() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(gradient(mine, theirs))
-        return time.perf_counter() - start
-
-    step()
-    serve(step)
+    serve(blocked(lambda: gradient(mine, theirs)))
 
 
 if __name__ == "__main__":

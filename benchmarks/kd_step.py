@@ -129,8 +129,6 @@ def main() -> None:
     if arguments.cached:
         run = dataclasses.replace(run, teacher=None, recipe=Cached())
     step = Workload("kd", run) if arguments.engine == "jkd" else plain(arguments.what, run)
-    for _ in range(2):
-        step()
     serve(step)
 
 

@@ -9,11 +9,9 @@ cross-entropy, float32, AdamW; the teacher runs in the step. `--tiny` tries whet
 from __future__ import annotations
 
 import argparse
-import time
 
 import chunked
-import jax
-from pair import serve
+from pair import blocked, serve
 
 from jkd import recipes
 
@@ -24,14 +22,7 @@ def main() -> None:
     shape = chunked.TINY if parser.parse_args().tiny else chunked.Shape()
     _, call = chunked.stepping(recipes.TokenKD(weight=0.9, task_weight=0.1), shape, "float32")
 
-    def step() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        return time.perf_counter() - start
-
-    for _ in range(2):
-        step()
-    serve(step)
+    serve(blocked(call))
 
 
 if __name__ == "__main__":

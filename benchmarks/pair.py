@@ -3,8 +3,8 @@
     python benchmarks/pair.py "python ours.py" "othervenv/bin/python theirs.py" --rounds 20
 
 A worker prints the line READY when it has warmed up; then, for each line that it reads, it does one step and prints one line with
-the seconds that this took. At the end of its input it leaves. What it prints to stderr is passed on. `serve` is the worker's side
-in four lines, for one that has jkd at hand. Printed: one JSON line.
+the seconds that this took. At the end of its input it leaves. What it prints to stderr is passed on. `serve` is the worker's side,
+for one that has jkd at hand. Printed: one JSON line.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from jkd.bench.pairs import Ratio, Times, alternate
 
@@ -74,8 +75,22 @@ def workers(commands: list[str]) -> Iterator[list[Worker]]:
         yield made
 
 
-def serve(step: Callable[[], float]) -> None:
-    """A worker's side: ``step`` does one step and answers its seconds."""
+def blocked(call: Callable[[], Any]) -> Callable[[], float]:
+    """``call``, which gives arrays of JAX, as a step: it waits for them, and answers the seconds."""
+    import jax
+
+    def step() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - start
+
+    return step
+
+
+def serve(step: Callable[[], float], *, warm: int = 2) -> None:
+    """A worker's side: ``step`` does one step and answers its seconds; the first ``warm`` are told to nobody."""
+    for _ in range(warm):
+        step()
     print("READY", flush=True)
     for _ in sys.stdin:
         print(step(), flush=True)

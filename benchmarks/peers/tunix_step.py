@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from pair import serve
+from pair import blocked, serve
 from tunix.distillation import strategies
 from tunix.distillation.distillation_trainer import DistillationTrainer, TrainingConfig, TrainingInput
 
@@ -66,14 +65,7 @@ def main() -> None:
     train_step, _ = trainer.jit_train_and_eval_step(cache_nnx_graph=True)
     batch = TrainingInput(input_tokens=tokens, input_mask=jnp.asarray(np.ones(tokens.shape, bool)))
 
-    def step() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready((train_step(trainer._prepare_inputs(batch)), nnx.state(trainer.model)))
-        return time.perf_counter() - start
-
-    for _ in range(2):
-        step()
-    serve(step)
+    serve(blocked(lambda: (train_step(trainer._prepare_inputs(batch)), nnx.state(trainer.model))))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from jkd.networks import models_of, seen, step_key
 from jkd.prepare import make_prepare
 from jkd.state import Frozen, State, frozen_sides, init_state, step_shapes
 from jkd.step import cut, make_gradients, make_step
-from jkd.types import Batch, Tree
+from jkd.types import Batch, Model, Tree
 
 BATCHES = 2
 """Different batches that take turns while steps are timed."""
@@ -194,12 +194,21 @@ class Workload:
 
 
 def with_weights(ctx: Context) -> Context:
-    """The context with random weights for the frozen networks that have none."""
-    networks = dict(ctx.networks)
+    """The context with random weights for the frozen networks that have none, in the dtype that the run keeps them in."""
+    networks, dtype = dict(ctx.networks), jnp.dtype(ctx.run.teacher_dtype)
+
+    def init(network: Model, key: Any) -> Any:
+        # Cast within the program: beside a copy in float32 a large teacher's weights would need three times their room.
+        params, buffers = network.init(key)
+        return jax.tree.map(
+            lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params
+        ), buffers
+
     for side in frozen_sides(ctx):
         if not (network := networks[side]).initialised:
             specs = ctx.specs[side], jax.tree.map(lambda _: P(), network.buffers)
-            weights = jax.jit(network.init, out_shardings=sharding.shardings(specs, ctx.mesh))(jax.random.key(0))
+            made = jax.jit(functools.partial(init, network), out_shardings=sharding.shardings(specs, ctx.mesh))
+            weights = made(jax.random.key(0))
             networks[side] = network.with_weights(*weights)
     return dataclasses.replace(ctx, networks=networks)
 

@@ -151,7 +151,11 @@ def test_numbers_that_follow_from_each_other(found):
     assert found["bound"]["seconds"] == max(seconds or 0 for seconds in found["bound"]["terms"].values())
     assert found["fraction_of_bound"] == pytest.approx(found["bound"]["seconds"] / times["median"])
     assert found["peaks"]["datasheet_flops_per_s"] is None  # a CPU has no datasheet
-    assert 0 < found["memory"]["aliased"] <= found["memory"]["outputs"]  # the state is donated
+
+
+def test_every_byte_of_the_state_is_donated(work, found):
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(work.state))
+    assert found["memory"]["aliased"] == state < found["memory"]["outputs"]  # the metrics are new
 
 
 def test_the_table_says_what_the_json_says(found):
