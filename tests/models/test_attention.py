@@ -1,14 +1,16 @@
-"""Attention: the mask of every option against one written out, and the TPU's kernel against XLA."""
+"""Attention: the mask of every option against one written out, the TPU's kernel against XLA, and which kernel is for what."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from quick import jit
 
+from jkd import topology
 from jkd.models import attention
 
 numbers = np.random.default_rng(0)
@@ -67,7 +69,7 @@ def test_a_few_queries_against_more_keys(softcap):
 
 
 def test_the_kernel_of_tpus_on_every_devices_own_rows_and_heads():
-    """Interpreted, over a mesh of eight; what it is compiled to is another matter, which needs a TPU's compiler."""
+    """Interpreted, over a mesh of eight."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     query, key, value = (heads(count, time=256, dim=64, batch=4) for count in (4, 2, 2))
     segment = jnp.asarray(np.repeat([[0, 1, 1, 2]], 64, axis=1).repeat(4, axis=0).reshape(4, 256))
@@ -93,6 +95,49 @@ def test_the_kernel_of_tpus_has_the_same_gradients():
     kernel = functools.partial(attention._splash, segment=None, softcap=None, interpret=True, **options)
     for found, expected in zip(gradients(kernel), gradients(functools.partial(attention.attend, **options)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed: jkd[tpu]")
+def test_the_tpus_compiler_takes_its_kernels_each_device_its_own_rows_and_heads():
+    """Four chips that are not here: one kernel forward and two backward, no key or value from another chip; 100 places are XLA's."""
+    devices = np.array(topology.of("v5e:2x2").devices).reshape(2, 1, 2)
+    mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    rows = jax.P(("data", "fsdp"))
+
+    def shape(*sizes, dtype=jnp.bfloat16, spec=rows):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+    def loss(query, key, value, segment):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            said = attention.attend(query, key, value, segment=segment, causal=True, window=50, softcap=5.0)
+        return jnp.square(said.astype(jnp.float32)).sum()
+
+    def program(time):
+        split = jax.P(("data", "fsdp"), None, "tensor")
+        sides = (shape(4, time, count, 64, spec=split) for count in (4, 2, 2))
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*sides, shape(4, time, dtype=jnp.int32))
+        return lowered.compile().as_text()
+
+    text = program(256)
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    assert "splash_mha_fwd" in text
+    assert "all-gather" not in text
+    assert "tpu_custom_call" not in program(100)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nvidia") is not None, reason="cuDNN may be installed")
+def test_a_gpus_mesh_asks_for_cudnn():
+    """JAX says that it is not here; in float32, which it does not cover, nothing is asked for."""
+    mesh = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu"))
+    half = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
+
+    def traced(side):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.eval_shape(functools.partial(attention.attend, causal=True), side, side, side)
+
+    with pytest.raises(RuntimeError, match="cuDNN is not detected"):
+        traced(half)
+    assert traced(half.update(dtype=jnp.float32)).shape == half.shape
 
 
 def test_what_the_kernels_cover():
