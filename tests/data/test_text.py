@@ -13,7 +13,7 @@ from test_tokenizer import trained
 from jkd import data
 from jkd import tokens as token
 from jkd.data import corpus
-from jkd.data.text import Text, View
+from jkd.data.rows import Text, View
 from jkd.data.texts import Listed, TfdsText, standard_library
 from jkd.data.tokenizer import Bytes
 from jkd.errors import InputError
