@@ -15,7 +15,6 @@ tokens, bfloat16. One JSON line for each.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
@@ -94,7 +93,7 @@ def head(tiny: bool, rounds: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from losses import device_name
+    from kept import where
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="smallest shapes, on any device: does it run?")
@@ -107,17 +106,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--write is for an accelerator, at full shapes")
     sets = ["tiny=true", *arguments.sets] if arguments.tiny else arguments.sets
     typed = sys.argv[1:] if argv is None else argv
-    where = {
-        "device": device_name(),
-        "date": datetime.date.today().isoformat(),
+    about = {
+        **where(),
         "command": shlex.join(["python", "benchmarks/accelerator.py", *typed]),
-        "revision": provenance.code_revision(),
         "versions": provenance.package_versions(),
     }
     for what in arguments.only:
         steps = 2 if arguments.tiny else arguments.steps
         found = head(arguments.tiny, steps) if what == "head" else step(what, sets, steps)
-        line = {"what": what, "goal": GOALS[what], **where, "measured": found}
+        line = {"what": what, "goal": GOALS[what], **about, "measured": found}
         print(json.dumps(line), flush=True)
         if arguments.write:
             keep(line)

@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from pair import serve
+from pair import blocked, serve
 
 from jkd import Experiment, Preprocess, Run, configfile, data, models, optim, recipes
 from jkd.bench import measure
@@ -88,18 +87,20 @@ def lm_loss(student: Model, teacher: Model, teacher_weights, params, buffers, ba
     return jnp.sum(counted * (0.9 * soft + 0.1 * hard)) / jnp.sum(counted), buffers
 
 
-def plain(what: str, run: Run) -> Callable[[], float]:
-    """The step in one function, with the networks, weights and a batch of the run."""
-    work = Workload(what, run)
+def by_hand(what: str, work: Workload) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The step in one jitted function, and what it is called with: networks, weights and a batch of the run.
+
+    The first three arguments are donated, and come back as the first three results.
+    """
     student, teacher = work.ctx.networks["student"], work.ctx.networks["teacher"]
     params, buffers = work.state.params["student"], work.state.buffers["student"]
     weights, batch = (teacher.params, teacher.buffers), work.batch
     if what == "vision":
         optimizer, loss = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.05, momentum=0.9)), vision_loss
     else:
-        rate = optax.warmup_cosine_decay_schedule(0.0, 4e-3, run.steps // 20, run.steps)
+        steps = work.ctx.run.steps
+        rate = optax.warmup_cosine_decay_schedule(0.0, 4e-3, steps // 20, steps)
         optimizer, loss = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1)), lm_loss
-    memory = optimizer.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(params, buffers, memory, weights, batch):
@@ -108,14 +109,20 @@ def plain(what: str, run: Run) -> Callable[[], float]:
         updates, memory = optimizer.update(gradient, memory, params)
         return optax.apply_updates(params, updates), buffers, memory, value
 
-    def timed() -> float:
-        nonlocal params, buffers, memory
-        start = time.perf_counter()
-        params, buffers, memory, value = step(params, buffers, memory, weights, batch)
-        jax.block_until_ready((params, value))
-        return time.perf_counter() - start
+    return step, (params, buffers, optimizer.init(params), weights, batch)
 
-    return timed
+
+def plain(what: str, run: Run) -> Callable[[], Any]:
+    """Calls of the step by hand; each gives the next weights and the loss."""
+    step, arguments = by_hand(what, Workload(what, run))
+
+    def call() -> Any:
+        nonlocal arguments
+        *state, value = step(*arguments)
+        arguments = (*state, *arguments[3:])
+        return state, value
+
+    return call
 
 
 def main() -> None:
@@ -128,8 +135,7 @@ def main() -> None:
     run = {"vision": vision, "lm": lm}[arguments.what](arguments.tiny)
     if arguments.cached:
         run = dataclasses.replace(run, teacher=None, recipe=Cached())
-    step = Workload("kd", run) if arguments.engine == "jkd" else plain(arguments.what, run)
-    serve(step)
+    serve(Workload("kd", run) if arguments.engine == "jkd" else blocked(plain(arguments.what, run)))
 
 
 if __name__ == "__main__":
