@@ -1,7 +1,9 @@
 """What `jkd bench` measures: its JSON, one program for each run, numbers that follow from others. No test looks at a time."""
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -163,6 +165,29 @@ def test_the_table_says_what_the_json_says(found):
     assert f"{found['flops']['teacher']:.3e}" in text
     assert "compilations: 1" in text
     assert "nan" not in text.split()
+
+
+def test_the_page_of_benchmarks_says_what_accelerators_reached(found):
+    spec = importlib.util.spec_from_file_location("page", Path(__file__).parents[2] / "benchmarks" / "page.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert page.accelerators([]) == "Accelerators: **not measured**."
+    where = {
+        "device": "NVIDIA H100",
+        "date": "2026-01-01",
+        "command": "python benchmarks/accelerator.py",
+        "versions": {"jax": "0.10"},
+    }
+    losses = [{"head": "js", "ms": 2.0, "whole_logits_ms": 4.0, "ratio": 0.5, "ratio_range": [0.4, 0.6]}]
+    losses[0] |= {"temp_bytes": 2**30, "whole_logits_temp_bytes": 2**34}
+    run, head = (
+        page.accelerators([where | {"what": what, "goal": 0.45, "measured": measured}]).splitlines()[-1]
+        for what, measured in (("vit", found), ("head", {"losses": losses}))
+    )
+    assert f"**{found['mfu']['probed']:.3f}** of the probed peak" in run  # a CPU has no other
+    assert "images/s" in run
+    assert "**0.50** (0.40 to 0.60) | 2.0 ms, whole 4.0 ms | 1.00 GiB, whole 16.00 GiB" in head
+    assert all("2026-01-01, NVIDIA H100, jax 0.10, `python benchmarks/accelerator.py`" in row for row in (run, head))
 
 
 def test_made_up_batches_fit_the_step(work):
