@@ -19,7 +19,8 @@ def start(environment: Mapping[str, str] = os.environ) -> Path | None:
 
     ``JAX_COMPILATION_CACHE_DIR`` says where, else ``$XDG_CACHE_HOME/jkd/xla``, else ``~/.cache/jkd/xla``; every other
     ``JAX_…`` variable of the cache counts as well. Off with ``JAX_ENABLE_COMPILATION_CACHE=false``, or where the folder cannot be
-    made or bounded (without the package ``filelock`` JAX cannot).
+    made or bounded (without the package ``filelock`` JAX cannot). A folder of the user's own is not bounded: others may keep
+    programs there. What is worth keeping is the same in both.
 
     Returns:
         The folder, or None where the cache is off or was set by ``JAX_COMPILATION_CACHE_DIR``.
@@ -27,7 +28,11 @@ def start(environment: Mapping[str, str] = os.environ) -> Path | None:
     import jax
 
     config: Any = jax.config
-    if not config.jax_enable_compilation_cache or config.jax_compilation_cache_dir is not None:
+    if not config.jax_enable_compilation_cache:
+        return None
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environment:
+        config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
+    if config.jax_compilation_cache_dir is not None:
         return None
     if importlib.util.find_spec("filelock") is None:
         return None
@@ -39,6 +44,4 @@ def start(environment: Mapping[str, str] = os.environ) -> Path | None:
     config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in environment:
         config.update("jax_compilation_cache_max_size", SIZE)
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environment:
-        config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
     return folder
