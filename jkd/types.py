@@ -39,6 +39,8 @@ class Outputs:
         logits: ``[..., classes]``; or None where ``hidden`` and ``head`` give them, or where the model has none.
         hidden: ``[..., dim]``, the input of the last linear map.
         head: ``[dim, rows]``, that map. Keeping the two apart lets a loss walk the classes in blocks.
+        collects: ``[shards, dim, rows]``, made of the same parameter as ``head``: a loss may give its gradient by the head to this,
+            by shards of the batch, not summed (`losses.chunked.Head`); None: there is no such place.
         bias: ``[rows]`` that ``hidden @ head`` gets, or None.
         softcap: logits become ``softcap * tanh(logits / softcap)`` where this is given (a number, no array).
         classes: how many of the head's first ``rows`` are classes: the others only pad its shape, are in no softmax, and are cut
@@ -53,6 +55,7 @@ class Outputs:
         *,
         hidden: Array | None = None,
         head: Array | None = None,
+        collects: Array | None = None,
         bias: Array | None = None,
         softcap: float | None = None,
         classes: int | None = None,
@@ -62,6 +65,7 @@ class Outputs:
         self._logits = logits
         self.hidden = hidden
         self.head = head
+        self.collects = collects
         self.bias = bias
         self.softcap = softcap
         self.classes = classes
@@ -102,18 +106,21 @@ class Outputs:
 
     def replace(self, **changes: Any) -> Outputs:
         """A copy with some of the constructor's arguments changed."""
-        arrays = dict(logits=self._logits, hidden=self.hidden, head=self.head, bias=self.bias, heads=self.heads, taps=self.taps)
-        return Outputs(**(arrays | dict(softcap=self.softcap, classes=self.classes) | changes))
+        given: dict[str, Any] = dict(
+            logits=self._logits, hidden=self.hidden, head=self.head, collects=self.collects, bias=self.bias
+        )
+        given |= dict(softcap=self.softcap, classes=self.classes, heads=self.heads, taps=self.taps)
+        return Outputs(**(given | changes))
 
     def tree_flatten(self):
-        arrays = (self._logits, self.hidden, self.head, self.bias, self.heads, self.taps)
+        arrays = (self._logits, self.hidden, self.head, self.collects, self.bias, self.heads, self.taps)
         return arrays, (self.softcap, self.classes)
 
     @classmethod
     def tree_unflatten(cls, static, children):
         # Past __init__: jax also unflattens with placeholders that are no arrays and no mappings.
         outputs = object.__new__(cls)
-        outputs._logits, outputs.hidden, outputs.head, outputs.bias, outputs.heads, outputs.taps = children
+        outputs._logits, outputs.hidden, outputs.head, outputs.collects, outputs.bias, outputs.heads, outputs.taps = children
         outputs.softcap, outputs.classes = static
         return outputs
 

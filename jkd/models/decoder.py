@@ -289,7 +289,8 @@ class Decoder(nnx.Module):
         self.config = config
 
     def __call__(self, tokens: Array, *, segment: Array | None, position: Array, cache: Tree | None) -> Outputs:
-        x = self.embed(tokens)
+        collects = self.embed.collects(tokens.shape[0]) if self.head is None else None
+        x = self.embed(tokens, collects)
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         seen = None
@@ -303,7 +304,12 @@ class Decoder(nnx.Module):
         head = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
         heads = {} if cache is None else {"cache": advanced(cache, tokens.shape[1])}
         return Outputs(
-            hidden=x, head=head.astype(x.dtype), softcap=self.config.logit_softcap, classes=self.config.tokens, heads=heads
+            hidden=x,
+            head=head.astype(x.dtype),
+            collects=None if collects is None else collects.swapaxes(1, 2),
+            softcap=self.config.logit_softcap,
+            classes=self.config.tokens,
+            heads=heads,
         )
 
     def _run(self, x: Array, context: Context, cache: Tree | None, seen: Array | None) -> tuple[Array, Tree | None]:

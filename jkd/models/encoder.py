@@ -121,8 +121,9 @@ class Embeddings(nnx.Module):
         self.norm, self.dropout = _norm(config, rngs), nnx.Dropout(config.dropout, rngs=rngs)
         self.offset = config.offset
 
-    def __call__(self, tokens: Array, position: Array, kind: Array) -> Array:
-        return self.dropout(self.norm(self.token(tokens) + self.position(position + self.offset) + self.kind(kind)))
+    def __call__(self, tokens: Array, position: Array, kind: Array, collects: Array | None) -> Array:
+        found = self.token(tokens, collects) + self.position(position + self.offset) + self.kind(kind)
+        return self.dropout(self.norm(found))
 
 
 class Mlp(nnx.Module):
@@ -189,12 +190,15 @@ class Encoder(nnx.Module):
 
         if self.config.remat is not None:
             run = nnx.remat(run, prevent_cse=False, policy=self.config.remat)
-        x = self.embed(tokens, position, kind)
+        # the logits of masked tokens come from the embedding
+        collects = None if self.predict is None else self.embed.token.collects(tokens.shape[0])
+        x = self.embed(tokens, position, kind, collects)
         x = nnx.scan(run, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.layers, x)
         heads = {} if self.pool is None else {"pooled": self.pool(x)}
         if self.predict is not None:
             head = self.embed.token.embedding[...].T.astype(x.dtype)
             bias, hidden = self.predict.bias[...], self.predict(x)
-            return Outputs(hidden=hidden, head=head, bias=bias, classes=self.config.tokens, heads=heads)
+            by_class = None if collects is None else collects.swapaxes(1, 2)
+            return Outputs(hidden=hidden, head=head, collects=by_class, bias=bias, classes=self.config.tokens, heads=heads)
         logits = None if self.classifier is None else self.classifier(self.dropout(heads["pooled"]))
         return Outputs(logits, hidden=x, heads=heads)

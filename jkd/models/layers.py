@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jkd import sharding
+from jkd.losses.chunked.places import split, token_axes, token_shards
 from jkd.models.attention import attend
 
 Array = jax.Array
@@ -28,8 +29,45 @@ class Embed(nnx.Module):
     def __init__(self, rows: int, dim: int, rngs: nnx.Rngs):
         self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (rows, dim)))
 
-    def __call__(self, numbers: Array) -> Array:
-        return jnp.take(self.embedding[...], numbers, axis=0)
+    def __call__(self, numbers: Array, collects: Array | None = None) -> Array:
+        return looked_up(self.embedding[...], numbers, collects)
+
+    def collects(self, batch: int) -> Array | None:
+        """Where all gradients of the table are added before they are summed over devices, ``[shards, rows, dim]``.
+
+        For a table that is read in two ways, by ``batch`` rows that are split over shards. XLA sums a partial result over devices
+        where it is made, so two readers would send two arrays of the table's size. Of a copy for each shard, which lies where its
+        rows of the batch do, there is nothing to sum: what sums is the gradient of copying, once. The copies' values are not read,
+        so nothing is copied. None where the batch is not split.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = token_shards(mesh, batch)
+        if shards == 1:
+            return None
+        table = self.embedding[...].astype(jnp.promote_types(self.embedding.dtype, jnp.float32))
+        return split(jnp.broadcast_to(table[None], (shards, *table.shape)), mesh, token_axes(mesh))
+
+
+def looked_up(table: Array, numbers: Array, collects: Array | None = None) -> Array:
+    """``table[numbers]``; the gradient goes to the copies in ``collects``, by shards of the first axis of ``numbers``, if given."""
+
+    def read(table: Array, numbers: Array) -> Array:
+        return jnp.take(table, numbers, axis=0)
+
+    if collects is None:
+        return read(table, numbers)
+    like, mesh = jax.ShapeDtypeStruct(collects.shape[1:], collects.dtype), jax.sharding.get_abstract_mesh()
+
+    def by_shard(numbers: Array, cotangent: Array) -> Array:
+        return jax.linear_transpose(lambda table: read(table, numbers), like)(cotangent.astype(like.dtype))[0]
+
+    def backward(numbers: Array, cotangent: Array) -> tuple[None, None, Array]:
+        apart = (x.reshape(collects.shape[0], -1, *x.shape[numbers.ndim :]) for x in (numbers, cotangent))
+        return None, None, split(jax.vmap(by_shard)(*apart), mesh, token_axes(mesh))
+
+    collected = jax.custom_vjp(lambda table, numbers, collects: read(table, numbers))
+    collected.defvjp(lambda table, numbers, collects: (read(table, numbers), numbers), backward)
+    return collected(table, numbers, collects)
 
 
 class RMSNorm(nnx.Module):

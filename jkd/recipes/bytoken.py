@@ -96,4 +96,4 @@ def _apart(outputs: Outputs) -> bool:
 
 
 def _head(outputs: Outputs) -> chunked.Head:
-    return chunked.Head(outputs.head, outputs.bias, outputs.softcap, outputs.classes)
+    return chunked.Head(outputs.head, outputs.bias, outputs.softcap, outputs.classes, outputs.collects)

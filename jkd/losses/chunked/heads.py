@@ -23,12 +23,16 @@ class Head:
         bias: ``[vocab]``, finite, or None.
         softcap: logits become ``softcap * tanh(logits / softcap)``; a Python number, or None.
         classes: how many of the first columns are classes; the others pad the shape and are in no softmax. None: all.
+        collects: ``[shards, dim, vocab]``, made of the same parameter as ``kernel``: where there are as many shards of tokens, each
+            shard's gradient by the kernel goes here instead, so that what other uses of the parameter give can be added before all
+            are summed over devices; its values are not read. None: the sum goes to ``kernel``.
     """
 
     kernel: Any
     bias: Any = None
     softcap: Any = dataclasses.field(default=None, metadata=dict(static=True))
     classes: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    collects: Any = None
 
     @classmethod
     def of(cls, head: Any) -> Head:
@@ -50,11 +54,12 @@ class Side:
     kernel: Any = None
     bias: Any = None
     softcap: Any = dataclasses.field(default=None, metadata=dict(static=True))
+    collects: Any = None
 
     @property
     def any(self) -> bool:
         """Of a Side of truth values: whether one is true."""
-        return any((self.hidden, self.kernel, self.bias))
+        return any((self.hidden, self.kernel, self.bias, self.collects))
 
     @property
     def dtype(self) -> Any:
@@ -76,14 +81,15 @@ class Side:
         return jnp.einsum("nlv,dlv->lnd", gradient, kernel, preferred_element_type=self.dtype)
 
     def by_head(self, gradient: Any, shards: int) -> dict[str, Any]:
-        """``kernel`` ``[shards, dim, columns]`` and ``bias`` ``[shards, columns]``, summed over each shard's tokens alone."""
+        """``kernel`` ``[shards, dim, columns]`` and ``bias`` ``[shards, columns]``, summed over each shard's tokens alone.
+
+        What a head `collects` is the former, under that name.
+        """
         hidden = self.hidden.reshape(shards, -1, self.hidden.shape[-1])
         gradient = gradient.reshape(shards, -1, gradient.shape[-1])
         low = gradient.astype(hidden.dtype)
-        return {
-            "kernel": jnp.einsum("snd,snv->sdv", hidden, low, preferred_element_type=self.dtype),
-            "bias": gradient.sum(1),
-        }
+        kernel = jnp.einsum("snd,snv->sdv", hidden, low, preferred_element_type=self.dtype)
+        return {"kernel": kernel, "collects": kernel, "bias": gradient.sum(1)}
 
     def uncapped(self, gradient: Any, logits: Any) -> Any:
         """The gradient by the logits as they were before the cap."""

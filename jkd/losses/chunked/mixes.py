@@ -207,7 +207,7 @@ def _wanted(traced: Any) -> tuple[Problem, tuple[Side, ...]]:
             "losses.chunked has gradients by hidden states and heads alone, not by a temperature, a hyperparameter or the rows of "
             "an Each: stop them (jax.lax.stop_gradient), or take the loss of whole logits"
         )
-    return problem, tuple(Side(bool(s.hidden), bool(s.kernel), bool(s.bias)) for s in asked.sides)
+    return problem, tuple(Side(bool(s.hidden), bool(s.kernel), bool(s.bias), collects=bool(s.collects)) for s in asked.sides)
 
 
 def _skeleton(problem: Problem) -> _Static:
@@ -224,7 +224,8 @@ def _cotangent(gradients: tuple[Side, ...], skeleton: Problem) -> Problem:
     """The gradients in their primals' dtypes; None, which is zero, for all else."""
     found = []
     for side, gradient in zip(skeleton.sides, gradients, strict=True):
-        some = {name: (getattr(gradient, name), getattr(side, name)) for name in ("hidden", "kernel", "bias")}
+        arrays = ("hidden", "kernel", "bias", "collects")
+        some = {name: (getattr(gradient, name), getattr(side, name)) for name in arrays}
         cast = {name: None if x is None else x.astype(dtype) for name, (x, dtype) in some.items()}
         found.append(dataclasses.replace(side, **cast))
     return dataclasses.replace(skeleton, student=found[0], teacher=found[1] if len(found) > 1 else None)
@@ -247,8 +248,9 @@ def _problem(
         sides["teacher"] = (teacher_hidden, Head.of(teacher_head))
     shape = _check_sides(sides)
     width = min(head.kernel.shape[-1] for _, head in sides.values())
-    flat = {name: _side(hidden, head, width) for name, (hidden, head) in sides.items()}
-    mesh = mesh_of(student_hidden, flat["student"].kernel)
+    mesh = mesh_of(student_hidden, sides["student"][1].kernel)
+    shards = token_shards(mesh, shape[0] if shape else 1)
+    flat = {name: _side(hidden, head, width, shards) for name, (hidden, head) in sides.items()}
     tokens, classes = flat["student"].hidden.shape[0], min(head.vocab for _, head in sides.values())
     if "labels" in reads:
         if labels is None:
@@ -277,7 +279,7 @@ def _problem(
         fixed=fixed,
         classes=classes,
         mesh=mesh,
-        shards=token_shards(mesh, shape[0] if shape else 1),
+        shards=shards,
         lanes=vocab_shards(mesh, width),
     )
     coefs = jnp.stack([each_token(coef) for coef, _ in pairs]).astype(problem.student.dtype)
@@ -293,6 +295,11 @@ def _check_sides(sides: dict[str, tuple[Any, Head]]) -> tuple[int, ...]:
         if hidden.shape[-1] != head.kernel.shape[0]:
             raise ValueError(
                 f"{side}_head must be [dim, vocab] with the dim of {side}_hidden {describe(hidden)}, got {describe(head.kernel)}"
+            )
+        if head.collects is not None and head.collects.shape[1:] != head.kernel.shape:
+            raise ValueError(
+                f"{side}_head's collects must be [shards, dim, vocab] of its kernel {describe(head.kernel)}, "
+                f"got {describe(head.collects)}"
             )
         if head.bias is not None and head.bias.shape != head.kernel.shape[1:]:
             raise ValueError(
@@ -312,11 +319,15 @@ def _check_sides(sides: dict[str, tuple[Any, Head]]) -> tuple[int, ...]:
     return shape  # type: ignore[return-value]
 
 
-def _side(hidden: Any, head: Head, width: int) -> Side:
+def _side(hidden: Any, head: Head, width: int, shards: int) -> Side:
+    kernel, bias, collects = head.kernel, head.bias, head.collects
+    if collects is not None and collects.shape[0] == shards:
+        kernel = jax.lax.stop_gradient(kernel)
+    else:
+        collects = None
     # Only where two heads are padded differently is one of them copied, cut.
-    kernel, bias = head.kernel, head.bias
     if kernel.shape[-1] > width:
-        kernel, bias = kernel[:, :width], None if bias is None else bias[:width]
+        kernel, bias, collects = (x if x is None else x[..., :width] for x in (kernel, bias, collects))
     dtype = jnp.promote_types(jnp.result_type(hidden, kernel), jnp.bfloat16)
     hidden = jnp.asarray(hidden, dtype).reshape(-1, hidden.shape[-1])
-    return Side(hidden, jnp.asarray(kernel, dtype), bias, head.softcap)
+    return Side(hidden, jnp.asarray(kernel, dtype), bias, head.softcap, collects)

@@ -83,7 +83,10 @@ class Tokens:
 
     def finished(self, gradients: tuple[Side, ...]) -> tuple[Side, ...]:
         """What `gradients` gives, summed over devices: once, however many of them were added up before."""
-        return tuple(Side(side.hidden, *(x if x is None else x.sum(0) for x in (side.kernel, side.bias))) for side in gradients)
+        summed = [
+            {name: x if x is None else x.sum(0) for name, x in (("kernel", g.kernel), ("bias", g.bias))} for g in gradients
+        ]
+        return tuple(dataclasses.replace(side, **some) for side, some in zip(gradients, summed, strict=True))
 
 
 def _add_at(x: Any, new: Any, i: Any) -> Any:
@@ -97,7 +100,8 @@ def _start(side: Side, want: Side, onto: Side, cut: _Cut) -> tuple[Any, dict[str
         zeros = jnp.zeros((cut.count, cut.shards * cut.rows, side.hidden.shape[1]), side.dtype)
         hidden = zeros if onto.hidden is None else cut.apart(onto.hidden)
     sums = {}
-    for name, shape in (("kernel", side.kernel.shape), ("bias", side.kernel.shape[1:])):
+    kernel = side.kernel.shape
+    for name, shape in (("kernel", kernel), ("collects", kernel), ("bias", kernel[1:])):
         if getattr(want, name):
             first = getattr(onto, name)
             start = jnp.zeros((cut.shards, *shape), side.dtype) if first is None else first

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jkd.losses.chunked import sweeps
 from jkd.losses.chunked.heads import Side, Windows, loop
 from jkd.losses.chunked.parts import Each
-from jkd.losses.chunked.places import VOCAB, split
+from jkd.losses.chunked.places import VOCAB, split, token_axes
 from jkd.losses.chunked.sweeps import Norms, Problem, Totals
 
 
@@ -65,7 +65,7 @@ class Vocabulary:
     def finished(self, gradients: tuple[Side, ...]) -> tuple[Side, ...]:
         """What `gradients` gives; those by hidden ``[lanes, tokens, dim]`` are summed over the devices that hold the vocabulary."""
         return tuple(
-            Side(side.hidden if side.hidden is None else side.hidden.sum(0), side.kernel, side.bias) for side in gradients
+            side if side.hidden is None else dataclasses.replace(side, hidden=side.hidden.sum(0)) for side in gradients
         )
 
 
@@ -97,23 +97,27 @@ class _Columns:
         if want.hidden:
             first = jnp.zeros((lanes, *side.hidden.shape), side.dtype) if onto.hidden is None else onto.hidden
             found["hidden"] = split(first, self.problem.mesh, (VOCAB,))
-        # a column is written once, so it needs no more digits than the kernel has
+        kernel, shards = side.kernel.shape, self.problem.shards
+        # a column is written once, so it needs no more digits than the kernel has, unless it is yet to be summed
         for name, shape, dtype in (
-            ("kernel", side.kernel.shape, side.kernel.dtype),
-            ("bias", side.kernel.shape[1:], side.dtype),
+            ("kernel", kernel, side.kernel.dtype),
+            ("collects", (shards, *kernel), side.dtype),
+            ("bias", kernel[1:], side.dtype),
         ):
             if getattr(want, name):
                 first = getattr(onto, name)
-                found[name] = self.windows.lay(jnp.zeros(shape, dtype) if first is None else first)
+                start = jnp.zeros(shape, dtype) if first is None else first
+                if name == "collects":
+                    start = split(start, self.problem.mesh, token_axes(self.problem.mesh))
+                found[name] = self.windows.lay(start)
         return found
 
     def added(self, place: int, gradient: Any, sums: dict[str, Any], j: Any) -> dict[str, Any]:
         """The sums with the gradient by window j's logits in them."""
         side, found = self.problem.sides[place], dict(sums)
-        more = side.by_head(gradient, 1)
-        for name in ("kernel", "bias"):
-            if name in sums:
-                found[name] = self.windows.write(sums[name], more[name][0], j, add=True)
+        for name in sums.keys() - {"hidden"}:
+            more = side.by_head(gradient, self.problem.shards if name == "collects" else 1)[name]
+            found[name] = self.windows.write(sums[name], more if name == "collects" else more[0], j, add=True)
         if "hidden" in sums:
             kernel = self.windows.read(self.kernels[place], j)
             found["hidden"] = sums["hidden"] + side.by_hidden(gradient, kernel, lanes=self.windows.lanes)
