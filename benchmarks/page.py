@@ -5,7 +5,7 @@
     python benchmarks/page.py --render                                                  # the tables from what is there
     python benchmarks/page.py --tiny                                                    # smallest shapes, one round: does it run?
 
-A pair whose interpreter is not given keeps its old row. The two environments hold jkd's extras `peers-torch` and `peers-tunix`.
+A pair whose interpreter is not given keeps its old row. The two environments are those of torch.txt and tunix.txt in peers.
 """
 
 from __future__ import annotations

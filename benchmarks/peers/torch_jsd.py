@@ -1,6 +1,6 @@
 """The generalised JSD between two heads by Liger-Kernel's chunks or TRL on whole logits: workers of benchmarks/pair.py.
 
-    pip install torch liger-kernel trl accelerate datasets     # in an environment of its own
+    pip install -r benchmarks/peers/torch.txt     # in an environment of its own
     python benchmarks/pair.py "python benchmarks/jsd_step.py" "othervenv/bin/python benchmarks/peers/torch_jsd.py trl"
 
 Shapes are those of benchmarks/jsd_step.py, beta 0.5, T 1. Liger always computes its cross-entropy too, here with weight 0: its chunks

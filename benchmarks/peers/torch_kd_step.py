@@ -1,4 +1,4 @@
-"""The same step in PyTorch, eager: a worker of benchmarks/pair.py, in an environment of its own (`pip install torch`).
+"""The same step in PyTorch, eager: a worker of benchmarks/pair.py, in an environment of its own (torch.txt).
 
     python benchmarks/pair.py "python benchmarks/kd_step.py vision jkd" "othervenv/bin/python benchmarks/peers/torch_kd_step.py"
 

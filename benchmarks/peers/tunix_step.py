@@ -1,6 +1,6 @@
 """A distillation step of google-tunix's `DistillationTrainer`: a worker of benchmarks/pair.py.
 
-    pip install google-tunix && pip install -e '.[train]'     # in an environment of its own
+    pip install -e '.[train]' -r benchmarks/peers/tunix.txt     # in an environment of its own
     python benchmarks/pair.py "python benchmarks/lm_step.py" "othervenv/bin/python benchmarks/peers/tunix_step.py"
 
 Networks, text and optimizer are those of benchmarks/lm_step.py, the networks wrapped as the NNX modules that tunix wants; its
