@@ -6,8 +6,10 @@ nearly all of this module's time is compiling. That is why they take the same sh
 
 from __future__ import annotations
 
+import cases_contrastive
 import cases_features
 import cases_logits
+import cases_ranking
 import cases_relations
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,8 @@ from table import SIDES, Case, cast, common_extremes, is_float, with_masked, wit
 
 from jkd import losses
 
-CASES: list[Case] = [*cases_logits.CASES, *cases_features.CASES, *cases_relations.CASES]
+ROWS = (cases_logits, cases_ranking, cases_features, cases_relations, cases_contrastive)
+CASES: list[Case] = [case for module in ROWS for case in module.CASES]
 FIRST = {case.name for case in {case.function: case for case in reversed(CASES)}.values()}
 """The first row of each function: for what does not depend on settings."""
 KINDS = {case.name for case in {(case.function, case.inputs, case.size): case for case in reversed(CASES)}.values()}
