@@ -2,7 +2,7 @@
 
     python benchmarks/losses.py                     # two minutes
     python benchmarks/losses.py --only dkd pld --seconds 5
-    python benchmarks/losses.py --write             # all, and the lines into benchmarks/results/losses.jsonl
+    python benchmarks/losses.py --write             # and the lines into benchmarks/results/losses.jsonl, for older ones
 
 What is timed is value and gradient (with respect to the first input) of the mean, jitted. Calls of the two alternate, so that a
 slow moment of the machine hits both, for ``--seconds`` and no less than 15 times: functions of less than a millisecond come to a
@@ -87,15 +87,27 @@ def measure(name, plain, make_inputs, shape, hyper, *, tiny: bool, budget: float
     }
 
 
+def write(lines) -> None:
+    """In the place of all older lines of the same losses. Each line says where and at which revision it was measured."""
+    names = [name for name, *_ in ROWS]
+    measured = {json.loads(line)["loss"] for line in lines}
+    older = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    kept = [line for line in older if json.loads(line)["loss"] not in measured]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(
+        "".join(line + "\n" for line in sorted(kept + lines, key=lambda line: names.index(json.loads(line)["loss"])))
+    )
+
+
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="smallest shapes, three calls: does it run?")
     parser.add_argument("--only", nargs="*", help="names of losses")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each loss")
-    parser.add_argument("--write", action="store_true", help=f"write the lines of all losses to {RESULTS.name} too")
+    parser.add_argument("--write", action="store_true", help=f"write the lines to {RESULTS.name} too")
     options = parser.parse_args(arguments)
-    if options.write and (options.tiny or options.only):
-        parser.error("--write is for all losses at their usual shapes, without --only and --tiny")
+    if options.write and options.tiny:
+        parser.error("--write is for losses at their usual shapes, without --tiny")
     where = {"device": device_name(), "backend": jax.default_backend(), "jax": jax.__version__, "revision": revision()}
     lines = []
     for name, plain, inputs, shape, hyper in ROWS:
@@ -105,8 +117,7 @@ def main(arguments=None) -> None:
             lines.append(json.dumps(measured | where))
             print(lines[-1], flush=True)
     if options.write:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text("\n".join(lines) + "\n")
+        write(lines)
 
 
 if __name__ == "__main__":

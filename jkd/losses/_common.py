@@ -184,13 +184,13 @@ def log_ratio(log_p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch
 WIDE = 64
 
 
-def shifted_exp(scores: Float[Array, "*batch classes"]) -> tuple[Any, Any, Any]:
-    """Scores less the row's largest, their exponentials, and the sum of these ``[..., 1]`` (1 in a row of -inf only).
+def shifted_exp(scores: Float[Array, "*batch classes"], temperature: PerPosition = 1.0) -> tuple[Any, Any, Any]:
+    """Scores less the row's largest, over T; their exponentials, and the sum of these ``[..., 1]`` (1 in a row of -inf only).
 
     Softmax does not see a shift, so no gradient is lost by stopping the one of the largest.
     """
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    shifted = scores - jnp.where(top > -jnp.inf, top, 0)
+    shifted = tempered(scores - jnp.where(top > -jnp.inf, top, 0), temperature)
     exponentials = jnp.exp(shifted)
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
     return shifted, exponentials, jnp.where(total == 0, 1, total)
@@ -222,10 +222,15 @@ def cross_entropy_of_logits(
     return cross_entropy_with(exp_p, q_logits) / total_p[..., 0]
 
 
-def cross_entropy_with(p: Float[Array, "*batch classes"], q_logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
-    """`cross_entropy_of` p and the softmax of logits. The mask is read off the logits, so that no log-softmax is kept for it."""
-    q, _, total = shifted_exp(q_logits)
-    return -jnp.sum(p * jnp.where(q_logits > -jnp.inf, q - jnp.log(total), 0), axis=-1)
+def cross_entropy_with(
+    p: Float[Array, "*batch classes"], q_logits: Float[Array, "*batch classes"], temperature: PerPosition = 1.0
+) -> Float[Array, "*batch"]:
+    """`cross_entropy_of` p and the softmax of logits / T. The mask is read off the logits: no log-softmax is kept for it."""
+    q, _, total = shifted_exp(q_logits, temperature)
+    kept = q_logits > -jnp.inf
+    # The normaliser is the same for all classes of a row, so it is taken off once.
+    mass = jnp.sum(jnp.where(kept, p, 0), axis=-1)
+    return mass * jnp.log(total)[..., 0] - jnp.sum(p * jnp.where(kept, q, 0), axis=-1)
 
 
 def kl_to_mixture(

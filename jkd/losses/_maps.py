@@ -23,6 +23,19 @@ def einsum(formula: str, *arrays: Any) -> Any:
     return jnp.einsum(formula, *arrays, precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.custom_jvp
+def gram(x: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch rows rows"]:
+    """``x xᵀ``. The bare product's gradient is two products, of the cotangent and of its transpose; this one adds these first."""
+    return einsum("...id,...jd->...ij", x, x)
+
+
+@gram.defjvp
+def _(primals, tangents):
+    (x,), (moved,) = primals, tangents
+    half = einsum("...id,...jd->...ij", moved, x)
+    return gram(x), half + jnp.swapaxes(half, -1, -2)
+
+
 def per_channel(x: Float[Array, " channels"], like: Float[Array, "..."]) -> Float[Array, "..."]:
     """``[channels]`` with leading axes of size 1 up to the rank of ``like``."""
     return x.reshape((1,) * (like.ndim - 1) + x.shape)

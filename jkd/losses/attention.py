@@ -28,7 +28,7 @@ from jkd.losses._common import (
     masked_mean,
     promote,
 )
-from jkd.losses._maps import einsum
+from jkd.losses._maps import gram
 from jkd.losses._typing import Array, Bool, Float, Int, Real
 
 
@@ -201,7 +201,7 @@ def _relation_kl(student, teacher, mask, segment):
     pairs = _pairs(real, segment, shape)
 
     def scores(x):
-        return einsum("...id,...jd->...ij", x, x) / math.sqrt(x.shape[-1])
+        return gram(x) / math.sqrt(x.shape[-1])
 
     def one_head(student, teacher):
         return _row_kl(scores(student), scores(teacher), pairs)

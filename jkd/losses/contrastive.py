@@ -20,7 +20,6 @@ from jkd.losses._common import (
     indices,
     normalize,
     promote,
-    tempered,
 )
 from jkd.losses._maps import check_channels, einsum
 from jkd.losses._rows import rows
@@ -109,7 +108,7 @@ def soft_contrastive(
         check_where(where, similarities.shape, meaning="[..., candidates]")
         kept = jnp.asarray(where) != 0
         similarities, targets = jnp.where(kept, similarities, -jnp.inf), jnp.where(kept, targets, 0)
-    return cross_entropy_with(targets, tempered(similarities, temperature))
+    return cross_entropy_with(targets, similarities, temperature)
 
 
 def _scores(embeddings, bank, candidates):

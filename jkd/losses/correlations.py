@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jkd.losses._common import check_classes, check_exact_rank, check_where, masked_mean, norm, promote, softmax, squared
-from jkd.losses._maps import einsum
+from jkd.losses._maps import einsum, gram
 from jkd.losses._typing import Array, Bool, Float, Real, Scalar
 
 
@@ -30,11 +30,6 @@ def _pearson(x, y, weight, axis):
     if weight is not None:
         x, y = x * weight, y * weight
     return jnp.sum(x * y, axis=axis) / (norm(x, axis) * norm(y, axis) + 1e-8)
-
-
-def _gram(x, y):
-    """Products of the rows of x with those of y."""
-    return einsum("id,jd->ij", x, y)
 
 
 def dist(
@@ -61,6 +56,9 @@ def dist(
     Source:
         [DIST] Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv:2205.10536, the inter-class
         and intra-class relations.
+
+    Code versus paper:
+        As the code: the product of the lengths is taken with 1e-8 added, and T² multiplies both parts.
 
     Example:
         >>> logits = jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
@@ -106,11 +104,11 @@ def class_correlation(
     if batch < classes:
         # Q^T Q - P^T P = (D^T S + S^T D) / 2 with D = Q - P, S = Q + P: its norm needs batch x batch products only, and, unlike
         # |Q Q^T|² - 2 |Q P^T|² + |P P^T|², is small term by term where the student is close to the teacher.
-        mixed = _gram(total, difference)
-        squared = jnp.sum(_gram(difference, difference) * _gram(total, total)) + jnp.sum(mixed * mixed.T)
+        mixed = einsum("id,jd->ij", total, difference)
+        squared = jnp.sum(gram(difference) * gram(total)) + jnp.sum(mixed * mixed.T)
         value = squared / 2
     else:
-        value = jnp.sum((_gram(q.T, q.T) - _gram(p.T, p.T)) ** 2)
+        value = jnp.sum((gram(q.T) - gram(p.T)) ** 2)
     return jnp.broadcast_to(value / classes, (batch,))
 
 
@@ -143,4 +141,4 @@ def batch_correlation(
         0.2500
     """
     q, p, _ = _probabilities(student_logits, teacher_logits, temperature, where)
-    return jnp.sum((_gram(q, q) - _gram(p, p)) ** 2, axis=1)
+    return jnp.sum((gram(q) - gram(p)) ** 2, axis=1)

@@ -336,6 +336,9 @@ def total_variation(
         [TVD] Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023, arXiv:2307.15190, the
         total variation distance.
 
+    Code versus paper:
+        DistiLLM's code has no temperature (T = 1).
+
     Example:
         >>> print(f"{total_variation(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.8, 0.2]))):.4f}")
         0.3000

@@ -12,7 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from jkd.losses._common import masked_mean, normalize, promote, squared, tempered
-from jkd.losses._maps import SPACE, adaptive_average_pool, check_channels, check_maps, einsum, keep_positions, map_pair, match
+from jkd.losses._maps import (
+    SPACE,
+    adaptive_average_pool,
+    check_channels,
+    check_maps,
+    einsum,
+    gram,
+    keep_positions,
+    map_pair,
+    match,
+)
 from jkd.losses._typing import Array, Bool, Float, Number, Real
 
 ENTRIES = (-3, -2, -1)
@@ -138,7 +148,7 @@ def neuron_selectivity(
     student, teacher = (normalize(_flat(x), -2) for x in (student, teacher))
     positions, channels = student.shape[-2], (student.shape[-1], teacher.shape[-1])
     if positions <= max(channels):
-        student_moment, teacher_moment = (einsum("...nc,...mc->...nm", x, x) / x.shape[-1] for x in (student, teacher))
+        student_moment, teacher_moment = (gram(x) / x.shape[-1] for x in (student, teacher))
         return jnp.sum(jnp.square(student_moment - teacher_moment), axis=(-2, -1))
 
     def similarity(a, b):

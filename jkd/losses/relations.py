@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jkd.losses._common import check_rank, describe, norm, normalize, promote, safe_sqrt
-from jkd.losses._maps import check_channels, check_maps, einsum
+from jkd.losses._maps import check_channels, check_maps, einsum, gram
 from jkd.losses._rows import centred, count, rows, unit_scale
 from jkd.losses._typing import Array, Bool, Float, Real
 
@@ -47,7 +47,7 @@ def similarity_preserving(
     kept, student, teacher = rows(where, student_embeddings=student_embeddings, teacher_embeddings=teacher_embeddings)
 
     def similarities(x):
-        return normalize(einsum("id,jd->ij", x, x))
+        return normalize(gram(x))
 
     return jnp.sum(jnp.square(similarities(student) - similarities(teacher)), axis=1) / count(kept) * kept
 
@@ -86,7 +86,7 @@ def pkt(
     def probabilities(x):
         unit = x / (norm(x, keepdims=True) + eps)
         # Rounding may take a cosine below -1.
-        affinity = jnp.maximum((1 + einsum("id,jd->ij", unit, unit)) / 2, 0) * kept[None, :]
+        affinity = jnp.maximum((1 + gram(unit)) / 2, 0) * kept[None, :]
         total = jnp.sum(affinity, axis=1, keepdims=True)
         return affinity / jnp.where(total > 0, total, 1)
 
@@ -172,7 +172,7 @@ def inter_channel(
     maps = promote(student_features, teacher_features)
     student, teacher = (unit_scale(x.reshape(*x.shape[:-3], -1, x.shape[-1])) for x in maps)
     if max(student.shape[-2], teacher.shape[-2]) >= student.shape[-1]:
-        student, teacher = (normalize(einsum("...nc,...nd->...cd", x, x)) for x in (student, teacher))
+        student, teacher = (normalize(gram(jnp.swapaxes(x, -1, -2))) for x in (student, teacher))
         return jnp.mean(jnp.sum(jnp.square(student - teacher), axis=-1), axis=-1)
 
     def product(a, b):
@@ -219,12 +219,14 @@ def linear_cka_distance(
     batch = kept.shape[0]
     student, teacher = unit_scale(centred(student, kept)), unit_scale(centred(teacher, kept))
     if batch <= max(student.shape[1], teacher.shape[1]):
-        student, teacher = (normalize(einsum("id,jd->ij", x, x), (0, 1)) for x in (student, teacher))
+        student, teacher = gram(student), gram(teacher)
         # |u - v|² / 2 is 1 - <u, v> for u and v of length 1, and exact where they are close; a zero one counts as far away.
-        missing = sum(jnp.where(jnp.any(x != 0), 0, 0.5) for x in (student, teacher))
-        distance = jnp.sum(jnp.square(student - teacher)) / 2 + missing
+        lengths = [norm(x, (0, 1)) for x in (student, teacher)]
+        u, v = (x / jnp.where(length > 0, length, 1) for x, length in zip((student, teacher), lengths, strict=True))
+        missing = sum(jnp.where(length > 0, 0, 0.5) for length in lengths)
+        distance = jnp.sum(jnp.square(u - v)) / 2 + missing
     else:
         cross = jnp.sum(jnp.square(einsum("id,ie->de", student, teacher)))
-        scale = norm(einsum("id,ie->de", student, student), (0, 1)) * norm(einsum("id,ie->de", teacher, teacher), (0, 1))
+        scale = norm(gram(student.T), (0, 1)) * norm(gram(teacher.T), (0, 1))
         distance = 1 - cross / jnp.where(scale > 0, scale, 1)
     return jnp.broadcast_to(distance, (batch,))

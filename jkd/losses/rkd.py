@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jkd.losses._common import normalize
-from jkd.losses._maps import einsum
+from jkd.losses._maps import gram
 from jkd.losses._rows import centred, count, rows
 from jkd.losses._typing import Array, Bool, Float, Real
 
@@ -55,9 +55,9 @@ def rkd_distance(
 
     def distances(x):
         # Distances do not depend on the origin, and products of centred rows lose the least to rounding.
-        gram = einsum("id,jd->ij", *(2 * [centred(x, kept)]))
-        length = jnp.sum(jnp.where(own, gram, 0), axis=1)
-        squared = length[:, None] + length[None, :] - 2 * gram
+        products = gram(centred(x, kept))
+        length = jnp.sum(jnp.where(own, products, 0), axis=1)
+        squared = length[:, None] + length[None, :] - 2 * products
         distance = jnp.sqrt(jnp.where(squared > 1e-12, squared, 1e-12)) * pair
         mean = jnp.sum(distance) / jnp.maximum(jnp.sum(pair), 1)
         return distance / jnp.where(mean > 0, mean, 1)
@@ -104,7 +104,7 @@ def rkd_angle(
 
     def cosines(x, anchors):
         unit = normalize(x[None, :, :] - anchors[:, None, :]) * kept[None, :, None]
-        return einsum("ajd,akd->ajk", unit, unit)
+        return gram(unit)
 
     @jax.checkpoint
     def values(anchors):

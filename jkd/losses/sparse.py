@@ -157,6 +157,9 @@ def topk_reverse_kl(
     Source:
         [top-k RKL] as `topk_forward_kl`, with the arguments of the divergence swapped.
 
+    Code versus paper:
+        DistillKit clamps both rests to [1e-8, 1 - 1e-8]; here they are exact, but for a leftover of 0.
+
     Example:
         >>> log_p = jnp.log(jnp.array([0.5, 0.3]))
         >>> print(f"{topk_reverse_kl(jnp.zeros(4), jnp.array([2, 0]), log_p, jnp.array(0.2)):.4f}")
@@ -196,6 +199,9 @@ def sampled_forward_kl(
         [RS-KD] Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", ACL 2025,
         arXiv:2503.16870, random sampling knowledge distillation. About 50 draws are about 12 different ids.
 
+    Code versus paper:
+        No code was published when this was written: its repository held none.
+
     Example:
         >>> ids, weights = jnp.array([0, 1]), jnp.array([0.5, 0.5])
         >>> print(f"{sampled_forward_kl(jnp.zeros(4), ids, weights, jnp.log(weights)):.4f}")
@@ -233,6 +239,10 @@ def uld(
     Source:
         [ULD] Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs", TMLR 2025,
         arXiv:2402.12030, the Wasserstein distance under a uniform cost.
+
+    Code versus paper:
+        As the codes of DSKD and of TRL's GOLD, which align the starts of the two answers and compare positions by their index up
+        to the shorter one's end.
 
     Example:
         >>> print(f"{uld(jnp.log(jnp.array([0.2, 0.8])), jnp.log(jnp.array([0.5, 0.3, 0.2]))):.4f}")
