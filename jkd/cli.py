@@ -306,15 +306,20 @@ def _say(line: str, code: int, show: bool) -> int:
 def _process() -> tuple[int, int]:
     """(index, count) of this process; asks jax only where it has been loaded and told that there are several."""
     distributed = sys.modules.get("jax") and sys.modules["jax"].distributed
-    if not distributed or not distributed.is_initialized():
+    if not distributed or not distributed.is_initialized() or _joining():
         return 0, 1
     jax = sys.modules["jax"]
     return jax.process_index(), jax.process_count()
 
 
+def _joining() -> bool:
+    """Whether this process has not found the others yet: jax then knows of several, and must not be asked for them."""
+    return getattr(sys.modules.get("jkd.devices"), "joining", False)
+
+
 def _left_alone(code: int) -> int:
-    """Of several processes, one that ends early must not wait in its exit for peers that wait for it."""
-    if code in (FAILED, BAD_INPUT) and _process()[1] > 1:
+    """Of several processes, one that ends early must not wait in its exit for peers that wait for it, or that never came."""
+    if _joining() or (code in (FAILED, BAD_INPUT) and _process()[1] > 1):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ _GOOGLE = "0x1ae0"
 # Seconds without a sign of a process after which it counts as dead. Collectives fail at once when a peer dies; who waits for it at a
 # barrier (at the end of a save) learns it this way alone, and JAX's own 100 s would keep a pod idle.
 _SILENCE = 20
+joining = False
+"""Whether this process looks for the others; it stays true where a signal ended the search."""
 
 
 def start(device: str | None, environment: Mapping[str, str] = os.environ) -> None:
@@ -43,12 +46,34 @@ def start(device: str | None, environment: Mapping[str, str] = os.environ) -> No
     }
     try:
         address = environment.get("JAX_COORDINATOR_ADDRESS")
-        jax.distributed.initialize(coordinator_address=address, heartbeat_timeout_seconds=_SILENCE, **explicit)
+        _join(coordinator_address=address, heartbeat_timeout_seconds=_SILENCE, **explicit)
     except (ValueError, RuntimeError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"started by {launcher}, but the processes did not find each other: {first}; for one process alone start jkd outside it"
         ) from error
+
+
+def _join(**options: Any) -> None:
+    """`jax.distributed.initialize` on a thread: it waits for minutes outside Python, and only a main thread in Python hears signals."""
+    import jax
+
+    global joining
+    wrong: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(**options)
+        except BaseException as error:
+            wrong.append(error)
+
+    joining = True
+    thread = threading.Thread(target=join, name="jax.distributed", daemon=True)
+    thread.start()
+    thread.join()
+    joining = False
+    if wrong:
+        raise wrong[0]
 
 
 def launched_by(environment: Mapping[str, str]) -> str | None:

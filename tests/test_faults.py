@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -133,6 +134,31 @@ rows = run.data.batches(run.batch_size, seed=run.seed, start=30)
 print(hashlib.sha256(b"".join(next(rows)["image"].tobytes() for _ in range(3))).hexdigest())
 rows.close()
 """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["0", "1"])
+def test_a_notice_while_the_others_are_not_there_yet_is_heard_at_once(tmp_path, place):
+    """Whether it waits for them or looks for the first of them, in vain here."""
+    port = launch.free_port()
+    alone = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": place}
+    with socket.create_server(("localhost", 0 if place == "0" else port)) as silent:
+        silent.setblocking(False)
+        process = launch.start(tmp_path / "alone", **alone)
+
+        def looking() -> bool:
+            try:
+                found = silent.accept()[0] if place == "1" else socket.create_connection(("localhost", port))
+            except OSError:
+                return False
+            found.close()
+            return True
+
+        launch.wait(looking, process)
+        process.send_signal(signal.SIGTERM)
+        said = launch.end(process, within=20)
+    assert process.returncode == 75, said
+    assert "jkd: stopped where nothing was to be saved; to go on: jkd train" in said
 
 
 def test_the_order_of_the_data_knows_no_clock_no_host_and_no_process():
