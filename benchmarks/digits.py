@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,7 @@ README, PICTURE = ROOT / "README.md", ROOT / "docs" / "digits.png"
 ROWS = ("teacher", "control", "student")
 
 
-def measure(seeds: int) -> dict:
+def measure(seeds: int, sets: Sequence[str] = (), picture: Path = PICTURE) -> dict:
     """Summaries of every seed, with what they were measured on; draws them too."""
     import jax
     from etils import epath
@@ -33,9 +34,9 @@ def measure(seeds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         workdirs = [epath.Path(folder) / str(seed) for seed in range(seeds)]
         for seed, workdir in enumerate(workdirs):
-            found.append(jkd.train(configfile.resolve(config, [f"seed={seed}"]), workdir).summary)
+            found.append(jkd.train(configfile.resolve(config, [f"seed={seed}", *sets]), workdir).summary)
             print(json.dumps({"seed": seed, **{name: found[-1][name]["accuracy"] for name in ROWS}}), flush=True)
-        PICTURE.write_bytes(report.png(report.compare(report.read(workdirs))))
+        picture.write_bytes(report.png(report.compare(report.read(workdirs))))
     return {
         "command": "python benchmarks/digits.py",
         "device": _device(jax.devices()[0]),
@@ -87,11 +88,18 @@ def written(readme: str, table: str) -> str:
     return re.sub(r"(<!-- results: .*? -->\n).*?(<!-- /results -->)", lambda m: f"{m[1]}{table}\n{m[2]}", readme, flags=re.S)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--render", action="store_true", help="measure nothing; render the JSON that is there")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--tiny", action="store_true", help="eight steps of each run, two seeds; the table is printed: does it run?"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.tiny:
+        with tempfile.TemporaryDirectory() as folder:
+            print(render(measure(2, ["*.steps=8"], Path(folder) / PICTURE.name)))
+        return
     if not arguments.render:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(measure(arguments.seeds), indent=1) + "\n")

@@ -14,6 +14,8 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,14 @@ PAGE = ROOT / "docs" / "methods.md"
 COMMAND = "python benchmarks/digits_methods.py --workdir runs/methods"
 
 
-def measure(workdir: Path, seeds: int) -> dict[str, Any]:
+def measure(workdir: Path, seeds: int, sets: Sequence[str] = (), picture: Path = PICTURE) -> dict[str, Any]:
     """Trains what is not trained yet, and says what `jkd report` says; the picture is written beside."""
     from jkd import provenance, report
 
     train = [sys.executable, "-m", "jkd", "train", str(ROOT / "configs" / "digits_methods.py")]
-    subprocess.run([*train, "--seeds", str(seeds), "--workdir", str(workdir)], check=True)
+    subprocess.run([*train, "--seeds", str(seeds), "--workdir", str(workdir), *sets], check=True)
     groups = report.compare(report.read([workdir]))
-    PICTURE.write_bytes(report.png(groups))
+    picture.write_bytes(report.png(groups))
     runs = json.loads(report.as_json(groups))[0]["runs"]
     return {
         "command": COMMAND,
@@ -105,12 +107,20 @@ def written(page: str, table: str) -> str:
     return re.sub(r"(<!-- results: .*? -->\n).*?(<!-- /results -->)", lambda m: f"{m[1]}{table}\n{m[2]}", page, flags=re.S)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workdir", type=Path, default=Path("runs/methods"))
     parser.add_argument("--render", action="store_true", help="measure nothing; render the JSON that is there")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--tiny", action="store_true", help="eight steps of each run, one method; the table is printed: does it run?"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.tiny:
+        sets = ["--set", 'methods=("kd",)', "--set", "*.steps=8"]
+        with tempfile.TemporaryDirectory() as folder:
+            print(render(measure(Path(folder), 1, sets, Path(folder) / PICTURE.name)))
+        return
     if not arguments.render:
         RESULTS.write_text(json.dumps(measure(arguments.workdir, arguments.seeds), indent=1) + "\n")
     PAGE.write_text(written(PAGE.read_text(), render(json.loads(RESULTS.read_text()))))
