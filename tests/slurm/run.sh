@@ -2,14 +2,16 @@
 # A real SLURM cluster of one node, on loopback: srun starts two processes; the job script of docs/pods.md is told in mid-run that its
 # time ends, and is preempted later, goes on after the step that it stopped at both times, and ends with the bits of a run that nobody
 # touched. Installs Debian's slurm-wlm and munge where they are not there yet, so .ci/run calls it, not
-# pytest. JKD=… names the command, default .venv/bin/jkd; it needs root and takes three to five minutes on two cores.
+# pytest. JKD=… names the command, default .venv/bin/jkd; it needs root and takes three to five minutes on two cores. With --write what
+# it said is put into docs/pods.md.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 JKD=$(realpath -s "${JKD:-.venv/bin/jkd}")
 STEPS=300
 LIMIT=400 # seconds for anything that trains; on an idle machine it takes a tenth of that
 
-say() { printf 'slurm: %s\n' "$*"; }
+work=$(mktemp -d) daemons=()
+say() { printf 'slurm: %s\n' "$*" | tee -a "$work/said"; }
 fail() { say "FAILED: $*"; tail -n 15 "$work"/{munge,slurmctld,slurmd,whole,job}.log >&2 || true; exit 1; }
 until_true() { # SECONDS WHAT COMMAND…
   local end=$((SECONDS + $1)) what=$2
@@ -31,7 +33,6 @@ installed || {
 }
 [[ $EUID == 0 ]] || { say "slurmd starts jobs as root only"; exit 1; }
 
-work=$(mktemp -d) daemons=()
 clean() {
   scancel --quiet --user=root 2>/dev/null || true
   for daemon in "${daemons[@]}"; do kill "$daemon" 2>/dev/null || true; done
@@ -123,3 +124,8 @@ until_true $LIMIT "the end of the job" over
 say "job $job: finished after $SECONDS s, $(state Restarts) restarts"
 [[ $(sha "$work/preempted") == "$(sha "$work/whole")" ]] || fail "$(sha "$work/preempted") is not $(sha "$work/whole")"
 say "the same bits as the run that was never preempted: $(sha "$work/whole")"
+if [[ ${1:-} == --write ]]; then
+  awk -v said="$work/said" '/^<!-- slurm -->$/ { print $0 "\n```console"; while ((getline line <said) > 0) print line; print "```"; cut = 1 }
+    /^<!-- \/slurm -->$/ { cut = 0 } !cut' docs/pods.md >"$work/page.md"
+  cp "$work/page.md" docs/pods.md
+fi
