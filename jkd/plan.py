@@ -2,8 +2,9 @@
 
 The program is the run's own, lowered with shapes and compiled ahead of time; no weight is made. Memory, collectives and their bytes
 are read from it. The predicted time is a roofline's: the slowest of arithmetic at the chip's peak, of memory traffic and of the
-interconnect, as if they overlapped perfectly, so a step takes no less where the program is the device's own; for GPUs it is the
-CPU's (`Topology.exact`), and what is read from it an estimate.
+interconnect, as if they overlapped perfectly, so a step takes no less where the program is the device's own. For GPUs it is not:
+their compiler chooses kernels by trying them, and where it cannot do without, the CPU's program stands in (`Topology.note`); what is
+read from either is an estimate.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jkd.errors import InputError, nearest
 from jkd.resolve import build
 from jkd.state import step_shapes
 from jkd.step import make_step
-from jkd.topology import Topology
+from jkd.topology import Topology, by_cpu
 
 LARGEST = 8
 
@@ -115,8 +116,10 @@ def plan(run: Run, topology: Topology) -> Plan:
     started = time.perf_counter()
     refusal, compiled = "", None
     try:
-        compiled = step.lower(*shapes).compile()  # type: ignore[attr-defined]  # a jitted function
+        compiled = step.lower(*shapes).compile(topology.options or None)  # type: ignore[attr-defined]  # a jitted function
     except Exception as error:
+        if topology.instead:
+            return plan(run, by_cpu(topology, str(error).partition("\n")[0][:100]))
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         refusal = str(error)

@@ -24,7 +24,7 @@ def _head(name: str, plan: Plan) -> list[str]:
     ctx, chips = plan.ctx, len(plan.topology.devices)
     axes = ", ".join(f"{axis} {size}" for axis, size in ctx.mesh.shape.items())
     what = plan.topology.chip.name if plan.topology.chip else "cpu"
-    kind = "" if plan.topology.exact else "; compiled for as many CPU devices: what the compiler decides is an estimate"
+    kind = f"; {plan.topology.note}" if plan.topology.note else ""
     lines = [
         f"{name} on {plan.topology.name}: {chips} {what} chips, mesh {axes}{kind}",
         f"{type(ctx.recipe).__name__}, batch {ctx.run.batch_size}, {ctx.run.microbatches} microbatch(es), {ctx.run.compute_dtype}; "

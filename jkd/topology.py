@@ -9,7 +9,7 @@ import os
 import re
 from typing import Any
 
-from jkd import chips
+from jkd import chips, gpus
 from jkd.errors import InputError, MissingExtra, nearest
 
 _FORMS = "v5e:16x16 (v5p, v6e), gpu:h100x8 (a100, h200, b200) or cpu:8"
@@ -23,13 +23,29 @@ class Topology:
         name: as it was written.
         chip: what one of them is; None for the CPU, of which nothing is claimed.
         devices: as many as there are chips.
-        exact: whether the program is compiled by the compiler of that platform; else the CPU's stands in for it.
+        exact: whether what is compiled for them is what will run; for GPUs, whose compiler chooses kernels by trying them, it is not.
+        note: how it is compiled instead; empty where it is exact.
+        options: of the compiler.
+        instead: devices to compile for where the compiler cannot do without a real one.
     """
 
     name: str
     chip: chips.Chip | None
     devices: list[Any]
     exact: bool
+    note: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    instead: list[Any] = dataclasses.field(default_factory=list)
+
+
+_BY_CPU = "compiled for as many CPU devices: what the compiler decides is an estimate"
+_UNTRIED = "compiled for GPUs that are not here: kernels are chosen without trying them, an estimate"
+
+
+def by_cpu(topology: Topology, why: str) -> Topology:
+    """The same, compiled for the CPU devices that are kept for this."""
+    note = f"{_BY_CPU} (the GPU's compiler says: {why})"
+    return dataclasses.replace(topology, devices=topology.instead, note=note, options={}, instead=[])
 
 
 def of(name: str) -> Topology:
@@ -50,7 +66,11 @@ def of(name: str) -> Topology:
     if kind == "gpu":
         if not (found := re.fullmatch(r"(.+)x([1-9]\d*)", shape)):
             raise wrong
-        return Topology(name, _chip(found[1], "gpu"), _cpus(int(found[2])), False)
+        chip, count = _chip(found[1], "gpu"), int(found[2])
+        cpus = _cpus(count)
+        if there := gpus.devices(name, chip, count):
+            return Topology(name, chip, there, False, _UNTRIED, gpus.OPTIONS, cpus)
+        return Topology(name, chip, cpus, False, _BY_CPU)
     if kind not in _tpus() or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise wrong
     return Topology(name, _chip(kind, "tpu"), _tpu(name), True)

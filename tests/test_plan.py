@@ -57,7 +57,8 @@ def planned(name: str) -> plan.Plan:
     run = tiny.run(**networks | fields)
     rows = tiny.batch(ROWS, classes=CLASSES)
     examples = data.arrays(image=rows["image"], label=rows["label"])
-    return plan.plan(dataclasses.replace(run, data=examples), topology.of("gpu:h100x8"))
+    gpus = topology.of("gpu:h100x8")
+    return plan.plan(dataclasses.replace(run, data=examples), topology.by_cpu(gpus, "asked to") if gpus.instead else gpus)
 
 
 def bytes_of(made: plan.Plan, *kinds: str, of: str | None = None) -> int:
