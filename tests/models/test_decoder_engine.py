@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import tiny
 from quick import fill
 
 from jkd import Recipe, Run, Term, cache, losses, optim, recipes, sharding, tokens, trees
@@ -121,10 +122,31 @@ def context(*, student, teacher, recipe):
 
 
 def test_one_vocabulary_padded_in_two_ways_needs_no_flag():
-    teacher = fill(dataclasses.replace(CONFIG, vocab=48).build())
-    ctx = context(student=CONFIG, teacher=teacher, recipe=recipes.KD(task_weight=0.0))
-    assert (ctx.classes, ctx.teacher_outputs.logits_shape) == (37, (8, 12, 37))
-    assert (ctx.student_outputs.head.shape, ctx.teacher_outputs.head.shape) == ((32, 40), (32, 48))
+    """As Qwen2.5's is: 151,936 rows of the small ones, 152,064 of the large ones, 151,665 tokens."""
+    student, teacher = (dataclasses.replace(CONFIG, vocab=rows, tokens=151_665) for rows in (151_936, 152_064))
+    ctx = context(student=student, teacher=teacher.build(), recipe=recipes.TokenKD())
+    assert (ctx.classes, ctx.teacher_outputs.logits_shape) == (151_665, (8, 12, 151_665))
+    assert (ctx.student_outputs.head.shape, ctx.teacher_outputs.head.shape) == ((32, 151_936), (32, 152_064))
+
+
+def test_rows_that_only_pad_are_masked_on_both_sides():
+    """Whatever stands in them: a step's loss is that of the 37 tokens, and its gradient leaves them alone."""
+    shallow = dataclasses.replace(CONFIG, depth=1, remat=None)
+    student, teacher = (fill(dataclasses.replace(shallow, vocab=rows).build()) for rows in (40, 48))
+    for model in (student, teacher):
+        model.params["head"]["kernel"] = np.asarray(model.params["head"]["kernel"]).copy()
+        model.params["head"]["kernel"][:, 37:] = 9.0
+    rows = {"tokens": np.random.default_rng(1).integers(0, 37, (8, 12)).astype(np.int32), "weight": np.ones(8, np.float32)}
+    recipe = recipes.TokenKD(task_weight=0.5)
+    run = Run(student=student, teacher=teacher, recipe=recipe, optimizer=tiny.UNIT, steps=1, batch_size=8)
+    found = tiny.Engine(run, rows).train([rows])
+    mine, theirs = (m.apply(m.params, {}, rows)[0].logits[:, :-1] for m in (student, teacher))
+    wanted = losses.forward_kl(mine, theirs).mean() + 0.5 * losses.cross_entropy(mine, rows["tokens"][:, 1:]).mean()
+    np.testing.assert_allclose(found.losses, wanted, rtol=1e-5)
+    before, after = found.start.params["student"], found.first.params["student"]
+    np.testing.assert_array_equal(after["head"]["kernel"][:, 37:], before["head"]["kernel"][:, 37:])
+    np.testing.assert_array_equal(after["embed"]["embedding"][37:], before["embed"]["embedding"][37:])
+    assert not np.array_equal(after["head"]["kernel"][:, :37], before["head"]["kernel"][:, :37])
 
 
 def test_two_tokenizers_are_refused():
