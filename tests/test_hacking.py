@@ -11,7 +11,7 @@ import tiny
 from etils import epath
 
 import jkd
-from jkd import data, describe, models, optim, plan, replay, trees
+from jkd import data, describe, models, optim, plan, replay, schedules, trees
 from jkd.bench import measure
 from jkd.config import Experiment, Run, dependencies
 from jkd.errors import InputError
@@ -43,7 +43,7 @@ def test_it_speaks_once_where_the_one_falls_and_the_other_rises():
 
 
 def linear(kernel: np.ndarray, name: str) -> jkd.Model:
-    config = models.mlp.Config(features=MAIN + OWN, hidden=(), classes=CLASSES)
+    config = models.mlp.Config(features=len(kernel), hidden=(), classes=CLASSES)
     model = config.build()
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), model.params)
     (path,) = [path for path, leaf in trees.flatten(params).items() if leaf.ndim == 2]
@@ -100,6 +100,52 @@ def test_proxy_falls_while_golden_rises_and_the_run_says_so(trained):
     result = json.loads((folder / "student" / "result.json").read_text())
     assert result["metrics"]["oracle_kl"] == pytest.approx(golden[-1])
     assert 0 <= result["metrics"]["oracle_agreement"] <= 1
+
+
+def function(answer, name: str) -> jkd.Model:
+    """A network of a prompt's main features that has nothing to learn."""
+    return models.from_function(
+        lambda _, image: answer(image.reshape(len(image), -1)[:, :MAIN]), {"none": np.zeros(1)}, name=name
+    )
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_few_prompts_are_learned_by_heart_with_the_teachers_mistakes_and_new_ones_are_not(offline):
+    """The paper's finding in small: the teacher errs at each prompt in its own way, which nobody can foresee at another one, but a
+    student of more features than prompts can remember. As many steps on 64 prompts or on new ones, both looked at on those 64."""
+    prompts, own, steps = 64, 200, 300
+    rng = np.random.default_rng(0)
+    kernel, wild = rng.normal(size=(2, MAIN, CLASSES)).astype(np.float32)
+    scale = np.array([1.0] * MAIN + [0.2] * own, np.float32)
+    image = rng.normal(size=(prompts * steps, 1, 1, MAIN + own)).astype(np.float32) * scale
+    run = Run(
+        student=linear(np.zeros((MAIN + own, CLASSES)), "student"),
+        teacher=function(lambda x: x @ kernel + 3 * jax.numpy.cos(40 * x @ wild), "teacher"),
+        oracle=function(lambda x: x @ kernel, "oracle"),
+        recipe=KD(temperature=1.0, weight=1.0, task_weight=0.0),
+        data=data.arrays(image=image[:prompts] if offline else image, eval=dict(image=image[:prompts])),
+        optimizer=optim.sgd(schedules.WarmupCosine(0.3), momentum=0.0),
+        batch_size=prompts,
+        steps=steps,
+        evaluate_every=100,
+    )
+    seen, messages = [], []
+
+    class Ear(Listener):
+        def evaluated(self, name, step, values):
+            seen.append((values["kl"], values["oracle_kl"]))
+
+        def message(self, text):
+            messages.append(text)
+
+    jkd.train(run, listener=Ear())
+    proxy, golden = np.array(seen).T
+    if offline:
+        assert proxy[-1] < 0.8 * proxy[0]
+        assert golden[-1] > 1.2 * golden.min()
+    else:
+        assert golden[-1] < 1.05 * golden.min() < golden[0]
+    assert any("teacher hacking" in message for message in messages) == offline
 
 
 def test_an_oracle_is_named_like_a_teacher_and_must_hold_weights():
