@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from pair import blocked, serve
 
-from jkd import Experiment, Preprocess, Run, configfile, data, models, optim, recipes
+from jkd import Experiment, Preprocess, Run, compiler, configfile, data, models, optim, recipes
 from jkd.bench import measure
 from jkd.bench.workload import Workload
 from jkd.types import Batch, Model, Outputs
@@ -102,7 +102,7 @@ def by_hand(what: str, work: Workload) -> tuple[Callable[..., Any], tuple[Any, .
         rate = optax.warmup_cosine_decay_schedule(0.0, 4e-3, steps // 20, steps)
         optimizer, loss = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1)), lm_loss
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    @functools.partial(compiler.jit, mesh=work.ctx.mesh, donate_argnums=(0, 1, 2))  # told what the engine tells XLA
     def step(params, buffers, memory, weights, batch):
         objective = functools.partial(loss, student, teacher, weights)
         (value, buffers), gradient = jax.value_and_grad(objective, has_aux=True)(params, buffers, batch)

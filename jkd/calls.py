@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jkd import compiler
 from jkd.config import Run
 from jkd.context import Context
 from jkd.state import Frozen, State, state_shardings, step_shapes
@@ -24,18 +26,19 @@ def make_call(ctx: Context) -> Call:
     ``[steps_per_call]``, its first ``count`` values filled. The count is an argument of the program: one serves a call that ends
     early too.
     """
-    step = make_step(ctx)
+    program = make_program(ctx)
     if ctx.run.steps_per_call == 1:
-        return lambda state, frozen, batch, count: step(state, frozen, batch)
-    made = make_steps(ctx, step)
-    return lambda state, frozen, batches, count: made(state, frozen, batches, jnp.int32(count))
+        return lambda state, frozen, batch, count: program(state, frozen, batch)
+    return lambda state, frozen, batches, count: program(state, frozen, batches, jnp.int32(count))
 
 
-def make_steps(
-    ctx: Context, step: Callable[[State, Frozen, Batch], tuple[State, Metrics]]
-) -> Callable[..., tuple[State, Metrics]]:
-    """The jitted program of several steps."""
-    shapes = step.eval_shape(*step_shapes(ctx))[1]  # type: ignore[attr-defined]  # a jitted function
+def make_program(ctx: Context) -> Any:
+    """The jitted program of a call: ``program(state, frozen, batch)``; of several steps ``program(state, frozen, batches, count)``."""
+    step: Any = make_step(ctx)
+    places = (state_shardings(ctx), None)
+    if ctx.run.steps_per_call == 1:
+        return compiler.jit(step, ctx.mesh, donate_argnums=0, out_shardings=places)
+    shapes = step.eval_shape(*step_shapes(ctx))[1]
 
     def steps(state: State, frozen: Frozen, batches: Batch, count: Array) -> tuple[State, Metrics]:
         def one(place: Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
@@ -46,7 +49,7 @@ def make_steps(
         metrics = {name: jnp.zeros(ctx.run.steps_per_call, shape.dtype) for name, shape in shapes.items()}
         return jax.lax.fori_loop(0, count, one, (state, metrics))
 
-    return jax.jit(steps, donate_argnums=0, out_shardings=(state_shardings(ctx), None))
+    return compiler.jit(steps, ctx.mesh, donate_argnums=0, out_shardings=places)
 
 
 def lengths(most: int, steps: int, periods: Sequence[int]) -> Callable[[int], int]:

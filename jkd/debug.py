@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jkd import replay, sharding, trees
+from jkd import calls, replay, sharding, trees
 from jkd.config import Experiment
 from jkd.context import Context
 from jkd.errors import InputError
@@ -22,7 +22,7 @@ from jkd.prepare import make_prepare
 from jkd.recipe import Update
 from jkd.replay import Stand
 from jkd.state import State, run_key
-from jkd.step import make_step, objective
+from jkd.step import objective
 from jkd.types import Array, Batch, Tree
 from jkd.workdir import write_json
 
@@ -124,7 +124,7 @@ def _arrive(stand: Stand, rows: Batch, wanted: int, tell: Callable[[str], None])
             feed.resample(state, stand.step)
         if stand.step < wanted:
             tell(f"{stand.name}: replays steps {stand.step + 1} to {wanted}")
-            step, copy = make_step(ctx), jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+            step, copy = calls.make_program(ctx), jax.jit(lambda state: jax.tree.map(jnp.copy, state))
         for number in range(stand.step, wanted):
             batch = feed.next(state, frozen, number)
             before = copy(state)

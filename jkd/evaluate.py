@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkd import losses, sharding, sparse, tokens
+from jkd import compiler, losses, sharding, sparse, tokens
 from jkd.context import Context
 from jkd.data.batch import check_batch
 from jkd.errors import InputError
@@ -181,7 +181,7 @@ def make_evaluate(ctx: Context) -> Callable[[State, Frozen], Evaluation] | None:
     # the training batch, or the smallest multiple of the mesh that holds a smaller evaluation set
     rows = min(run.batch_size, -(-data.eval_size // ctx.batch_shards) * ctx.batch_shards)
     logits = ctx.student_outputs.has_logits
-    eval_step = make_eval_step(ctx, measure, ema=run.evaluate_ema) if logits else _make_terms(ctx)
+    eval_step = compiler.jit(make_eval_step(ctx, measure, ema=run.evaluate_ema) if logits else _make_terms(ctx), ctx.mesh)
     add = jax.jit(lambda total, sums: jax.tree.map(jnp.add, total, sums))  # one program, not one for each of the sums
 
     def evaluate(state: State, frozen: Frozen) -> Evaluation:
@@ -222,4 +222,4 @@ def _make_terms(ctx: Context) -> Callable[[State, Frozen, Batch], Sums]:
             sums |= {f"weight of term/{name}": weight for name, weight in weights.items()}
         return sums
 
-    return jax.jit(terms)
+    return terms

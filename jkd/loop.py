@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jkd import calls, debug, fingerprint, metrics, provenance, results, sharding, teachers
+from jkd import calls, compiler, debug, fingerprint, metrics, provenance, results, sharding, teachers
 from jkd.cache import Cache
 from jkd.check import check
 from jkd.checkpoint import Checkpoints
@@ -231,7 +231,7 @@ class _Training:
             state, meta, start = restored
             frozen, weights = freeze(ctx), meta.get("sampling_weights")
             self.hacking = Watch(meta.get("hacking"))
-        self.call, self.term_gradients = calls.make_call(ctx), make_term_gradients(ctx)
+        self.call, self.term_gradients = calls.make_call(ctx), compiler.jit(make_term_gradients(ctx), ctx.mesh)
         self.evaluation = make_evaluate(ctx)
         self.listener.run_started(self.name, ctx, start)
         if start == 0:

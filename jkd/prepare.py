@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jkd import compiler
 from jkd.context import Context, explained
 from jkd.networks import augmented, models_at
 from jkd.state import Frozen, State, frozen_shapes, state_shapes
@@ -22,7 +23,7 @@ def make_prepare(ctx: Context) -> tuple[Callable[[State, Frozen, Batch, Array], 
     """
     if not ctx.prepares:
         return None
-    return jax.jit(_prepare(ctx)), not _reads_training(ctx)
+    return compiler.jit(_prepare(ctx), ctx.mesh), not _reads_training(ctx)
 
 
 def prepared_shapes(ctx: Context) -> Batch:

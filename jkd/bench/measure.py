@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkd import chips, devices, flops, hlo, provenance, teachers
+from jkd import chips, compiler, devices, flops, hlo, provenance, teachers
 from jkd.bench import probe
 from jkd.bench.compiling import listening
 from jkd.bench.pairs import Ratio, Times, alternate
@@ -295,7 +295,7 @@ def _bytes(work: Workload) -> int:
     """What one step moves at least if no array stays in a cache: each argument and output once, a temporary twice."""
     program = work.compiled.program
     if work.most > 1:  # the program of a call has several batches, and reads the state for each of them
-        program = make_step(work.ctx).lower(*step_shapes(work.ctx)).compile()  # type: ignore[attr-defined]  # a jitted function
+        program = compiler.jit(make_step(work.ctx), work.ctx.mesh).lower(*step_shapes(work.ctx)).compile()
     found = program.memory_analysis()
     return found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + 2 * found.temp_size_in_bytes
 

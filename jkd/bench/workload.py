@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jkd import calls, flops, sharding
+from jkd import calls, compiler, flops, sharding
 from jkd.bench.compiling import listening
 from jkd.bench.pairs import Times, alternate
 from jkd.config import Run
@@ -28,7 +28,7 @@ from jkd.feed import Feed
 from jkd.networks import models_of, seen, step_key
 from jkd.prepare import make_prepare
 from jkd.state import Frozen, State, frozen_sides, init_state, step_shapes
-from jkd.step import cut, make_gradients, make_step
+from jkd.step import cut, make_gradients
 from jkd.types import Batch, Model, Tree
 
 BATCHES = 2
@@ -62,11 +62,10 @@ def compile_step(ctx: Context) -> Compiled:
     """The program that training would call, compiled ahead of time; calling it finds this."""
     most = ctx.run.steps_per_call
     start = time.perf_counter()
-    call: Any = make_step(ctx)
+    call = calls.make_program(ctx)
     state, frozen, batch = step_shapes(ctx)
     arguments: tuple[Any, ...] = (state, frozen, batch)
     if most > 1:
-        call = calls.make_steps(ctx, call)
         place = NamedSharding(ctx.mesh, P(None, *sharding.BATCH))
         stack = jax.tree.map(lambda one: jax.ShapeDtypeStruct((most, *one.shape), one.dtype, sharding=place), batch)
         arguments = (state, frozen, stack, jax.ShapeDtypeStruct((), jnp.int32))
@@ -276,10 +275,10 @@ def _programs(ctx: Context) -> dict[str, Callable[..., Tree]]:
 
     programs: dict[str, Callable[..., Tree]] = {}
     if ctx.run.augment and not ctx.prepares:
-        programs["augment"] = jax.jit(views)
+        programs["augment"] = compiler.jit(views, ctx.mesh)
     if ctx.teacher_outputs is not None:
-        programs["teacher_forward"] = jax.jit(teacher)
-    programs["student_forward_backward"] = make_gradients(ctx)
+        programs["teacher_forward"] = compiler.jit(teacher, ctx.mesh)
+    programs["student_forward_backward"] = compiler.jit(make_gradients(ctx), ctx.mesh)
     return programs
 
 

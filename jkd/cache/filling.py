@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkd import networks, sharding, sparse, teachers, tokens, trees
+from jkd import compiler, networks, sharding, sparse, teachers, tokens, trees
 from jkd.cache import manifest
 from jkd.cache.codec import Codec
 from jkd.cache.config import Cache
@@ -204,7 +204,7 @@ def program(codec: Codec, teacher: Model, run: Run, mesh: Any) -> Any:
         outputs, _ = networks.applied(teacher, params, buffers, read, run=run, specs=specs, mesh=mesh, taps=taps)
         return signals(codec, outputs, draws)
 
-    return jax.jit(answer, out_shardings=jax.sharding.NamedSharding(mesh, sharding.BATCH))
+    return compiler.jit(answer, mesh, out_shardings=jax.sharding.NamedSharding(mesh, sharding.BATCH))
 
 
 def _specs(teacher: Model, run: Run, mesh: Any) -> Any:

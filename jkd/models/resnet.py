@@ -20,7 +20,6 @@ from flax import nnx
 
 from jkd.errors import InputError, nearest
 from jkd.models.adapt_nnx import from_nnx
-from jkd.models.convolution import convolution
 from jkd.models.norms import BatchNorm, GroupNorm, LayerNorm, Norm
 from jkd.types import Model, Preprocess
 
@@ -62,7 +61,6 @@ class _Layers:
             padding=(size - 1) // 2,
             use_bias=False,
             kernel_init=_conv_init,
-            conv_general_dilated=convolution,
             rngs=self.rngs,
         )
 
