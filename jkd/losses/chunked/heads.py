@@ -76,7 +76,10 @@ class Side:
 
     def by_hidden(self, gradient: Any, kernel: Any, *, lanes: int) -> Any:
         """``[lanes, tokens, dim]`` from the gradient by these columns of the logits; every lane's share by itself."""
-        gradient = gradient.reshape(gradient.shape[0], lanes, -1).astype(kernel.dtype)
+        gradient = gradient.astype(kernel.dtype)
+        if lanes == 1:  # XLA's CPU compiler would transpose the kernel for a product of three axes
+            return jnp.einsum("nv,dv->nd", gradient, kernel, preferred_element_type=self.dtype)[None]
+        gradient = gradient.reshape(gradient.shape[0], lanes, -1)
         kernel = kernel.reshape(kernel.shape[0], lanes, -1)
         return jnp.einsum("nlv,dlv->lnd", gradient, kernel, preferred_element_type=self.dtype)
 
