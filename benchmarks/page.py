@@ -29,6 +29,7 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 PAIRS = {
     "engine, vision": ("{jkd} kd_step.py vision jkd", "{jkd} kd_step.py vision plain"),
     "engine, lm": ("{jkd} kd_step.py lm jkd", "{jkd} kd_step.py lm plain"),
+    "XLA's own choice, vision": ("{jkd} kd_step.py vision jkd", "{jkd} kd_step.py vision jkd --untold"),
     "PyTorch, vision": ("{jkd} kd_step.py vision jkd", "{torch} peers/torch_kd_step.py"),
     "PyTorch, vision, cached teacher": ("{jkd} kd_step.py vision jkd --cached", "{torch} peers/torch_kd_step.py"),
     "tunix, lm": ("{jkd} lm_step.py", "{tunix} peers/tunix_step.py"),

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 """XLA's option for what its CPU compiler hands to the library YNNPACK, every dense convolution included unless told otherwise."""
 KINDS = "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
-"""Sums and matrix products, as by default; convolutions are left to Eigen, which takes two thirds of the time (docs/benchmarks.md)."""
+"""Sums and matrix products, as by default; convolutions are left to Eigen, which is quicker with them (docs/benchmarks.md)."""
 
 
 def jit(function: Callable[..., Any], mesh: Mesh, **how: Any) -> Any:
