@@ -96,10 +96,12 @@ def placed(method: str, place: str | None) -> tiny.Trained:
     fields = {"recipe": vision.get(method)}
     rules, rows = SPLIT, [tiny.batch(seed=seed) for seed in range(3)]
     if method == "language":
-        networks = [decoder.Config(vocab=64, dim=dim, depth=1, heads=8, hidden=2 * dim, remat=None) for dim in (32, 64)]
+        shape = dict(vocab=64, depth=1, heads=8, remat=None, tied=True)
+        networks = [decoder.Config(dim=dim, hidden=2 * dim, **shape) for dim in (32, 64)]
         student, teacher = (tiny.weights(config.build(), seed) for seed, config in enumerate(networks))
         fields = {"recipe": TokenKD(), "student": student, "teacher": teacher}
-        rules, rows = decoder.RULES, [text(seed) for seed in range(3)]
+        rules = tuple(rule for rule in decoder.RULES if rule[0] != "head/kernel")  # the head is the embedding
+        rows = [text(seed) for seed in range(3)]
     if place is not None:
         own = (PROJECTOR,) if method == "projected" else ()
         fields |= PLACES[place] | ({"rules": rules + own, "teacher_rules": rules} if "tensor" in place else {})
