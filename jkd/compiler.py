@@ -22,8 +22,8 @@ def jit(function: Callable[..., Any], mesh: Mesh, **how: Any) -> Any:
 
     Such a program can't be called within another one: JAX takes a compiler's options for outermost programs alone.
     """
-    device = mesh.local_devices[0]
-    return jax.jit(getattr(function, "__wrapped__", function), compiler_options=options(device.platform), **how)
+    told = options(mesh.devices.flat[0].platform)
+    return jax.jit(getattr(function, "__wrapped__", function), compiler_options=told, **how)
 
 
 @functools.cache
