@@ -25,7 +25,7 @@ from jax.interpreters import partial_eval
 from jkd import trees
 from jkd.context import Context
 from jkd.networks import models_at, seen, step_key
-from jkd.prepare import make_prepare
+from jkd.prepare import prepare_of
 from jkd.recipe import Update
 from jkd.state import Frozen, State, step_shapes, trainable
 from jkd.step import make_step, objective
@@ -98,11 +98,10 @@ def of_prepare(ctx: Context) -> Work:
 
     Generation counts as if every row said as many tokens as it may.
     """
-    prepare = make_prepare(ctx)
-    if prepare is None:
+    if not ctx.prepares:
         return Work()
     state, frozen, _ = step_shapes(ctx)
-    jaxpr = jax.make_jaxpr(prepare[0])(state, frozen, ctx.raw_batch, jax.ShapeDtypeStruct((), jnp.int32))
+    jaxpr = jax.make_jaxpr(prepare_of(ctx))(state, frozen, ctx.raw_batch, jax.ShapeDtypeStruct((), jnp.int32))
     marks = [*jax.tree.leaves(_marks(ctx, Update(groups=()), state, frozen, ctx.raw_batch)), 0]
     return _count(jaxpr, marks, [False] * len(jaxpr.out_avals))
 

@@ -23,16 +23,18 @@ def make_prepare(ctx: Context) -> tuple[Callable[[State, Frozen, Batch, Array], 
     """
     if not ctx.prepares:
         return None
-    return compiler.jit(_prepare(ctx), ctx.mesh), not _reads_training(ctx)
+    return compiler.jit(prepare_of(ctx), ctx.mesh), not _reads_training(ctx)
 
 
 def prepared_shapes(ctx: Context) -> Batch:
     """Shapes of the batch that the recipe prepares; nothing is computed."""
     with explained(f"{type(ctx.recipe).__name__}.prepare"):
-        return jax.eval_shape(_prepare(ctx), *_prepare_shapes(ctx))
+        return jax.eval_shape(prepare_of(ctx), *_prepare_shapes(ctx))
 
 
-def _prepare(ctx: Context) -> Callable[[State, Frozen, Batch, Array], Batch]:
+def prepare_of(ctx: Context) -> Callable[[State, Frozen, Batch, Array], Batch]:
+    """The same as a plain function, for programs of which it is a part and for tracing."""
+
     def prepare(state: State, frozen: Frozen, batch: Batch, step: Array) -> Batch:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
         models = models_at(ctx, state, frozen, ctx.clock(step))
@@ -48,7 +50,7 @@ def _prepare_shapes(ctx: Context) -> tuple[State, Frozen, Batch, Any]:
 def _reads_training(ctx: Context) -> bool:
     """Whether `Recipe.prepare` reads parameters, averages, memory or anything else that a step changes (the key does not)."""
     args = _prepare_shapes(ctx)
-    jaxpr = jax.make_jaxpr(_prepare(ctx))(*args).jaxpr
+    jaxpr = jax.make_jaxpr(prepare_of(ctx))(*args).jaxpr
     used = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
     leaves = jax.tree_util.tree_flatten_with_path(args[0])[0]
     return any(

@@ -13,6 +13,7 @@ from tiny import CLASSES, FEATURES, ROWS, network, weights
 from jkd import flops, recipes
 from jkd.models import decoder, resnet
 from jkd.recipe import Update
+from jkd.recipes import bytoken
 from jkd.resolve import make_context
 from jkd.state import step_shapes
 from jkd.step import make_step
@@ -150,12 +151,17 @@ def lm(**fields):
     return decoder.Config(vocab=256, dim=32, depth=3, heads=4, kv_heads=2, hidden=64, **fields).build()
 
 
-@pytest.mark.parametrize("remat", [None, jax.checkpoint_policies.nothing_saveable])
-def test_decoders_cost_2_operations_per_weight_and_token_frozen_and_6_trained(remat):
+@pytest.mark.parametrize(
+    ("remat", "tied", "devices"),
+    [(None, False, 1), (jax.checkpoint_policies.nothing_saveable, False, 1), (None, True, 2)],
+    ids=["plain", "remat", "tied on two devices"],
+)
+def test_decoders_cost_2_operations_per_weight_and_token_frozen_and_6_trained(remat, tied, devices, monkeypatch):
+    monkeypatch.setattr(bytoken, "WHOLE", 0)  # logits in blocks, however few
     rows, time = 2, 16
     batch = {"tokens": jnp.zeros((rows, time), jnp.int32), "weight": jnp.ones(rows), "index": jnp.arange(rows)}
-    run = tiny.run(student=lm(remat=remat), teacher=lm(remat=None), recipe=recipes.TokenKD(), batch_size=rows)
-    work = flops.of_step(make_context(run, batch, train_size=rows, devices=jax.devices()[:1]))
+    run = tiny.run(student=lm(remat=remat, tied=tied), teacher=lm(remat=None), recipe=recipes.TokenKD(), batch_size=rows)
+    work = flops.of_step(make_context(run, batch, train_size=rows, devices=jax.devices()[:devices]))
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64  # query, key and value, out, gated mlp
     attention = 3 * 4 * rows * time * time * 32  # scores and values, all layers, no place left out
     tokens = rows * time

@@ -207,7 +207,10 @@ def _wanted(traced: Any) -> tuple[Problem, tuple[Side, ...]]:
             "losses.chunked has gradients by hidden states and heads alone, not by a temperature, a hyperparameter or the rows of "
             "an Each: stop them (jax.lax.stop_gradient), or take the loss of whole logits"
         )
-    return problem, tuple(Side(bool(s.hidden), bool(s.kernel), bool(s.bias), collects=bool(s.collects)) for s in asked.sides)
+    # what a head collects stands for its kernel's gradient
+    return problem, tuple(
+        Side(bool(s.hidden), bool(s.kernel) and not s.collects, bool(s.bias), collects=bool(s.collects)) for s in asked.sides
+    )
 
 
 def _skeleton(problem: Problem) -> _Static:
@@ -321,9 +324,7 @@ def _check_sides(sides: dict[str, tuple[Any, Head]]) -> tuple[int, ...]:
 
 def _side(hidden: Any, head: Head, width: int, shards: int) -> Side:
     kernel, bias, collects = head.kernel, head.bias, head.collects
-    if collects is not None and collects.shape[0] == shards:
-        kernel = jax.lax.stop_gradient(kernel)
-    else:
+    if collects is not None and collects.shape[0] != shards:
         collects = None
     # Only where two heads are padded differently is one of them copied, cut.
     if kernel.shape[-1] > width:
