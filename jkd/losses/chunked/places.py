@@ -28,10 +28,13 @@ def token_axes(mesh: AbstractMesh) -> tuple[str, ...]:
     return tuple(name for name in mesh.axis_names if name != VOCAB and kinds[name] == AxisType.Auto and mesh.shape[name] > 1)
 
 
-def token_shards(mesh: AbstractMesh, rows: int) -> int:
-    """Over how many devices the tokens are split; 1 where that does not divide the rows of the batch."""
+def token_shards(mesh: AbstractMesh, rows: Any) -> int:
+    """Over how many devices the tokens are split; 1 where that does not divide the rows of the batch.
+
+    ``rows`` is an int, or what stands for any number of them while a program is exported: of one shard it is asked nothing.
+    """
     shards = math.prod(mesh.shape[name] for name in token_axes(mesh))
-    return shards if rows % shards == 0 else 1
+    return shards if shards > 1 and rows % shards == 0 else 1
 
 
 def vocab_shards(mesh: AbstractMesh, columns: int) -> int:
